@@ -16,7 +16,7 @@ from tests.fixtures import Fixture, golden_dir
 
 NOT_BUILT = {  # DaLPSR's networks and the large quality networks
     *("sd2_blocks sd2_schedule sd2_unet_large sd2_unet_small controlnet dape llava ram ram_plus seesr_controlnet".split()),
-    *("seesr_tiles seesr_unet tagger_losses iqa_clipiqa iqa_liqe iqa_maniqa iqa_musiq sd3_reference_clip_text".split()),
+    *("seesr_tiles seesr_unet tagger_losses iqa_clipiqa iqa_liqe iqa_maniqa iqa_musiq".split()),
 }
 CHECKS = {}
 for module in pkgutil.iter_modules(golden_checks.__path__):

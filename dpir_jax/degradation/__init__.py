@@ -1,0 +1,8 @@
+"""The Real-ESRGAN degradation as pure JAX: `degrade(key, hq, recipe) -> (lq, plan)`."""
+
+from dpir_jax.degradation.blur import sharpen
+from dpir_jax.degradation.chain import apply_plan, degrade
+from dpir_jax.degradation.plan import Plan, draw_plan, plan_record
+from dpir_jax.degradation.recipe import Recipe, Stage
+
+__all__ = ["Plan", "Recipe", "Stage", "apply_plan", "degrade", "draw_plan", "plan_record", "sharpen"]

@@ -1,0 +1,58 @@
+"""dpir-nano: the embedded DPIR model, trained on two CPU cores in two stages.
+
+    dpir train  --config configs/dpir_nano.py:encoder --workdir runs/nano_encoder
+    dpir export --workdir runs/nano_encoder --out runs/nano_encoder/model
+    dpir train  --config configs/dpir_nano.py:dit --workdir runs/nano_dit --config.task.init_from=runs/nano_encoder/model
+    dpir export --workdir runs/nano_dit --out runs/dpir-nano
+
+    dpir train  --config configs/dpir_nano.py:control ...      E_dr trained on for as long as the DiT: the control
+
+Data: a folder of photographs (`--config.data.folders='["photos/train"]'`). The perceptual loss needs the VGG16 weights
+(docs/weights.md says where they come from). Expected scores: dpir_jax/pretrained/dpir-nano/README.md.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+PHOTOS = ("../shared/photos/train",)
+
+
+def get_config(stage: str = "encoder") -> ConfigDict:
+    """The recipe of one stage: encoder, dit or control."""
+    config = ConfigDict()
+    config.seed = 0
+    config.b1, config.b2, config.eps, config.weight_decay = 0.9, 0.99, 1e-8, 1e-4
+    config.clip_norm = 1.0
+    config.warmup_steps = 100
+    config.ema_decay = 0.998
+    config.schedule = "cosine"
+    config.end_lr = 1e-5
+    config.log_every, config.preview_every, config.checkpoint_every, config.keep = 50, 1000, 500, 2
+
+    picture = ConfigDict({"l1": 1.0, "lpips": 1.0, "adversarial": 0.0, "crop": 48, "stages": 3})
+    picture.weights = config_dict.placeholder(str)
+    if stage in ("encoder", "control"):
+        config.task_type = "dpir_jax.training.dpir_tasks:EncoderTask"
+        config.task = ConfigDict({"system": "nano", "recipes": ("realesrgan", "light"), "picture": picture})
+        config.task.photos = PHOTOS
+        config.task.init_from = config_dict.placeholder(str)
+        config.batch, config.steps, config.learning_rate = 12, 6000, 1e-3
+        crop = global_crop = 96
+    elif stage == "dit":
+        config.task_type = "dpir_jax.training.dpir_tasks:DiTTask"
+        picture.adversarial = 0.02
+        config.task = ConfigDict({"system": "nano", "recipes": ("realesrgan", "light"), "picture": picture})
+        config.task.photos = PHOTOS
+        config.task.init_from = config_dict.placeholder(str)
+        config.task.local_crop = 128
+        config.task.prompt_dropout = 0.1
+        config.task.train_prompts = True
+        config.task.description = "DPIR at a small size: 8 M parameters, for photos x4 on a CPU"
+        config.task.restore = {"steps": 4, "guidance": 1.0}
+        config.batch, config.steps, config.learning_rate = 8, 6000, 5e-4
+        crop, global_crop = 128, 160
+    else:
+        raise ValueError(f"stage is {stage!r}; it must be encoder, dit or control")
+    config.data = ConfigDict({"folders": PHOTOS, "local_crop": crop, "global_crop": global_crop})
+    config.data.by_area, config.data.flips, config.data.rotations = True, True, True
+    config.data.scale_jitter_prob = 0.3
+    return config

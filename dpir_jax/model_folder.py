@@ -1,0 +1,160 @@
+"""A model on disk: a folder with `config.json`, one safetensors file per network and `manifest.json`.
+
+Keys are NNX paths joined by `.`; arrays are stored as the network holds them. The manifest has the sha256 of every
+other file, so that a damaged download is found before its weights are used. Nothing in it is ever unpickled.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+from safetensors.flax import save_file
+
+from dpir_jax.errors import InputError
+from dpir_jax.files import read_json, sha256, write_json
+
+M = TypeVar("M", bound=nnx.Module)
+
+
+def named_variables(network: nnx.Module | nnx.State) -> dict[str, nnx.Variable]:
+    """The variables of a network that belong on disk, by name. Random number state does not."""
+    state = nnx.state(network) if isinstance(network, nnx.Module) else network
+    kept = nnx.filter_state(state, nnx.Not(nnx.RngState))
+    return {".".join(map(str, path)): variable for path, variable in nnx.to_flat_state(kept)}
+
+
+def save_networks(
+    out: str | os.PathLike,
+    config: Mapping[str, Any],
+    networks: Mapping[str, nnx.Module | nnx.State],
+    dtype: DTypeLike | None = None,
+) -> Path:
+    """Writes a model folder, whole or not at all.
+
+    Args:
+      out: the folder; it must not exist, or be empty, or be a model folder (which is replaced).
+      config: JSON values; becomes `config.json`.
+      networks: the networks by name; `NAME.safetensors` each.
+      dtype: what floating-point arrays are stored as, e.g. `jnp.float16`; None: as they are.
+
+    Raises:
+      InputError: `out` is something else, or cannot be written.
+    """
+    out = Path(out).absolute()
+    if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists and is not a model folder; choose another place")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".part", dir=out.parent))
+    except OSError as error:
+        raise InputError(f"cannot write {out}: {error.strerror or error}") from error
+    try:
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)  # mkdtemp makes private folders
+        for name, network in networks.items():
+            arrays = {key: _stored(variable.get_value(), dtype) for key, variable in named_variables(network).items()}
+            save_file(arrays, temporary / f"{name}.safetensors")
+        write_json(temporary / "config.json", dict(config))
+        files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
+        write_json(temporary / "manifest.json", {"sha256": files})
+        if out.exists():  # the only moment at which neither is in place: between two renames
+            old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
+            os.replace(out, old)
+            os.replace(temporary, out)
+            shutil.rmtree(old)
+        else:
+            os.replace(temporary, out)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot write {out}: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def read_config(folder: str | os.PathLike) -> dict[str, Any]:
+    """The model's `config.json`; `InputError` if `folder` is no model folder."""
+    folder = Path(folder)
+    for name in ("config.json", "manifest.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} is not a model folder: it has no {name}")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise InputError(f"{folder / 'config.json'} is not a JSON object")
+    return config
+
+
+def verify(folder: str | os.PathLike, *names: str) -> dict[str, str]:
+    """Checks files (default: all) against the manifest; returns their sha256. `InputError` names one that differs."""
+    folder = Path(folder)
+    try:
+        listed = dict(read_json(folder / "manifest.json")["sha256"])
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder / 'manifest.json'} is damaged: it lists no sha256") from error
+    sums = {}
+    for name in names or listed:
+        if name not in listed:
+            raise InputError(f"{folder / 'manifest.json'} does not list {name}")
+        if not (folder / name).is_file():
+            raise InputError(f"the model folder {folder} has no {name}")
+        sums[name] = sha256(folder / name)
+        if sums[name] != listed[name]:
+            raise InputError(f"{folder / name} is damaged: its sha256 is not the one in manifest.json; get it again")
+    return sums
+
+
+def load_network(folder: str | os.PathLike, name: str, abstract_module: M, *, check: bool = True) -> M:
+    """Reads `NAME.safetensors` into a network.
+
+    Args:
+      folder: the model folder.
+      name: the network's name in it.
+      abstract_module: the network without arrays, `nnx.eval_shape(lambda: Net(config, rngs=nnx.Rngs(0)))`. Its dtypes
+        decide what the arrays become.
+      check: whether to compare the file with the manifest first.
+
+    Raises:
+      InputError: the file is missing, damaged, or does not hold exactly the network's arrays in their shapes.
+    """
+    path = Path(folder) / f"{name}.safetensors"
+    if check:
+        verify(folder, path.name)
+    graphdef, state = nnx.split(abstract_module)
+    wanted = named_variables(abstract_module)
+    if rest := len(nnx.to_flat_state(state)) - len(wanted):
+        raise ValueError(f"{name} holds {rest} variables of random number state; build it without dropout to load it")
+    try:
+        with safe_open(path, "flax") as file:
+            found = set(file.keys())
+            if missing := sorted(set(wanted) - found):
+                raise InputError(f"{path} does not fit the network: {missing[0]} is missing ({len(missing)} in all)")
+            if unknown := sorted(found - set(wanted)):
+                raise InputError(f"{path} does not fit the network: {unknown[0]} is unknown ({len(unknown)} in all)")
+            arrays = {}
+            for key, variable in wanted.items():
+                array = file.get_tensor(key)
+                if array.shape != variable.shape:
+                    raise InputError(f"{path} does not fit the network: {key} is {array.shape}, not {variable.shape}")
+                arrays[key] = array.astype(variable.dtype)
+    except FileNotFoundError as error:
+        raise InputError(f"the model folder {folder} has no {path.name}") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    flat = {p: arrays[".".join(map(str, p))] for p, _ in nnx.to_flat_state(state)}
+    return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def _stored(array: jax.Array, dtype: DTypeLike | None) -> jax.Array:
+    array = jnp.asarray(np.asarray(array))  # one device, whatever the sharding was
+    return array.astype(dtype) if dtype is not None and jnp.issubdtype(array.dtype, jnp.floating) else array

@@ -1,0 +1,200 @@
+"""Scaled dot-product attention: one function, one backend per kind of hardware.
+
+    softmax(q k^T * scale + bias) v
+
+| backend | where | why |
+|---|---|---|
+| xla | anywhere | the reference: plain einsums, softmax in float32, memory grows with L^2 |
+| loop | CPU | one head of one sample at a time: two to six times faster there, and the backward pass recomputes |
+| cudnn | GPU | fused, for 16-bit inputs |
+| splash | TPU | fused, for long sequences, where plain XLA would fill the memory |
+
+The backend of the running platform is taken where it can serve the call, else xla. The platform is that of JAX's default
+device; a program compiled for another machine says so: `with use_attention_backend("splash"): jax.jit(f).lower(...)`.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from dpir_jax.errors import InputError
+
+Heads = Float[Array, "B L H K"]
+Bias = Float[Array, "... H Q L"]
+
+SPLASH_MIN_LENGTH = 4096
+SPLASH_BLOCK = 512
+PLATFORM_BACKENDS = {"cpu": "loop", "gpu": "cudnn", "tpu": "splash"}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preference:
+    backend: str | None = None
+    spec: PartitionSpec | None = None
+
+
+_preference = contextvars.ContextVar("attention_preference", default=_Preference())
+
+
+@contextlib.contextmanager
+def use_attention_backend(backend: str | None, *, spec: PartitionSpec | None = None) -> Iterator[None]:
+    """Prefers a backend for every `attention` traced inside, wherever it can serve the call.
+
+    Args:
+      backend: a name of the table above, or None for the platform's own.
+      spec: how `[B, L, H, K]` lies on the mesh (`L` and `K` whole). The splash kernel cannot be partitioned by the
+        compiler, so on more than one device it runs per shard of this.
+
+    Raises:
+      InputError: an unknown backend.
+    """
+    _check(backend)
+    token = _preference.set(_Preference(backend, spec))
+    try:
+        yield
+    finally:
+        _preference.reset(token)
+
+
+def attention(
+    q: Float[Array, "B Q H K"],
+    k: Heads,
+    v: Heads,
+    *,
+    mask: Bool[Array, "B L"] | None = None,
+    bias: Bias | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Float[Array, "B Q H K"]:
+    """Multi-head attention.
+
+    Args:
+      q, k, v: `[B, L, H, K]`; the queries may have another length.
+      mask: True for the keys that may be attended.
+      bias: added to the logits before the softmax, `[H, Q, L]` or `[B or 1, H, Q, L]`.
+      scale: of the logits; None: 1 / sqrt(K).
+      backend: exactly this one; None: the preferred one that serves the call.
+
+    Raises:
+      InputError: an unknown backend, or one that cannot serve these inputs.
+    """
+    _check(backend)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    bias = bias[None] if bias is not None and bias.ndim == 3 else bias
+    if backend is None:
+        preferred = _preference.get().backend or PLATFORM_BACKENDS.get(jax.default_backend(), "xla")
+        long = preferred != "splash" or min(q.shape[1], k.shape[1]) >= SPLASH_MIN_LENGTH
+        backend = preferred if long and not _obstacle(preferred, q, bias) else "xla"
+    elif obstacle := _obstacle(backend, q, bias):
+        raise InputError(f"attention backend {backend!r} cannot take {obstacle}")
+    return _BACKENDS[backend](q, k, v, mask, bias, scale)
+
+
+def _check(backend: str | None) -> None:
+    if backend is not None and backend not in _BACKENDS:
+        raise InputError(f"unknown attention backend {backend!r}: expected one of {', '.join(_BACKENDS)}")
+
+
+def _obstacle(backend: str, q: Heads, bias: Bias | None) -> str | None:
+    if backend == "splash" and bias is not None:
+        return "a bias"
+    if backend == "cudnn" and q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"{q.dtype} inputs, only bfloat16 and float16"
+    if backend == "cudnn" and (q.shape[-1] % 8 or q.shape[-1] > 128):
+        return f"heads {q.shape[-1]} wide, only multiples of 8 up to 128"
+    return None
+
+
+# --- backends: (q, k, v [B, L, H, K], mask [B, L] | None, bias [B or 1, H, Q, L] | None, scale) -> [B, Q, H, K] -------
+
+
+def _softmax(logits: Array, mask: Array | None) -> Array:
+    if mask is not None:  # the lowest finite number: a sample with no key at all attends evenly instead of giving NaN
+        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    return jax.nn.softmax(logits, axis=-1)
+
+
+def _xla(q: Heads, k: Heads, v: Heads, mask: Array | None, bias: Bias | None, scale: float) -> Heads:
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
+    if bias is not None:
+        logits = logits + bias.astype(jnp.float32)
+    weights = _softmax(logits, None if mask is None else mask[:, None, None, :])
+    return jnp.einsum("bhqk,bkhd->bqhd", weights.astype(v.dtype), v)
+
+
+def _loop(q: Heads, k: Heads, v: Heads, mask: Array | None, bias: Bias | None, scale: float) -> Heads:
+    batch, _, heads, _ = q.shape
+
+    @jax.checkpoint  # recomputing one head's logits is cheaper than storing and reloading all of them
+    def one(q: Array, k: Array, v: Array, index: Array) -> Array:
+        sample, head = index // heads, index % heads
+        logits = jnp.einsum("qd,kd->qk", q, k, preferred_element_type=jnp.float32) * scale
+        if bias is not None:
+            logits = logits + bias[sample % bias.shape[0], head].astype(jnp.float32)
+        return _softmax(logits, None if mask is None else mask[sample]).astype(v.dtype) @ v
+
+    flat = (jnp.moveaxis(x, 2, 1).reshape(batch * heads, x.shape[1], x.shape[3]) for x in (q, k, v))
+    out = jax.lax.map(lambda args: one(*args), (*flat, jnp.arange(batch * heads)))
+    return jnp.moveaxis(out.reshape(batch, heads, *out.shape[1:]), 1, 2)
+
+
+def _cudnn(q: Heads, k: Heads, v: Heads, mask: Array | None, bias: Bias | None, scale: float) -> Heads:
+    mask = None if mask is None else mask[:, None, None, :]
+    bias = None if bias is None else bias.astype(q.dtype)
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale, implementation="cudnn")
+
+
+def _splash(q: Heads, k: Heads, v: Heads, mask: Array | None, bias: Bias | None, scale: float) -> Heads:
+    mask = jnp.ones(k.shape[:2], bool) if mask is None else mask
+    spec = _preference.get().spec
+    if spec is None:
+        return _splash_shard(q * scale, k, v, mask)
+    batch = PartitionSpec(spec[0])
+    sharded = jax.shard_map(_splash_shard, in_specs=(spec, spec, spec, batch), out_specs=spec, check_vma=False)
+    return sharded(q * scale, k, v, mask)
+
+
+def _splash_shard(q: Heads, k: Heads, v: Heads, mask: Array) -> Heads:
+    """Pads both sequences to whole blocks; tokens see only their own segment: 1 is real, 0 is padding or masked."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    q_block, q_length = _blocks(q.shape[1])
+    kv_block, kv_length = _blocks(k.shape[1])
+    sizes = kernel.BlockSizes(
+        block_q=q_block,
+        block_kv=kv_block,
+        block_kv_compute=kv_block,
+        block_q_dkv=q_block,
+        block_kv_dkv=kv_block,
+        block_kv_dkv_compute=kv_block,
+        block_q_dq=q_block,
+        block_kv_dq=kv_block,
+    )
+    full = masks.MultiHeadMask([masks.FullMask((q_length, kv_length))] * q.shape[2])
+    run: Callable = kernel.make_splash_mha(mask=full, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+
+    def padded(x: Array, length: int) -> Array:
+        return jnp.pad(x, ((0, 0), (0, length - x.shape[1])) + ((0, 0),) * (x.ndim - 2))
+
+    segments = kernel.SegmentIds(
+        q=padded(jnp.ones(q.shape[:2], jnp.int32), q_length), kv=padded(mask.astype(jnp.int32), kv_length)
+    )
+    heads_first = (jnp.moveaxis(padded(x, n), 2, 1) for x, n in ((q, q_length), (k, kv_length), (v, kv_length)))
+    out = jax.vmap(run)(*heads_first, segments)
+    return jnp.moveaxis(out, 1, 2)[:, : q.shape[1]]
+
+
+def _blocks(length: int) -> tuple[int, int]:
+    """Block size, and the length rounded up to whole blocks; a block is a multiple of the 128 lanes."""
+    block = min(SPLASH_BLOCK, -(-length // 128) * 128)
+    return block, -(-length // block) * block
+
+
+_BACKENDS = {"xla": _xla, "loop": _loop, "cudnn": _cudnn, "splash": _splash}

@@ -1,0 +1,256 @@
+"""DPIR as a `System` that restores tiles, and how it is read from a model folder.
+
+`config.json` of the folder:
+
+    {"system": "dpir", "description": one line, "config": the DPIRConfig (`systems.config_json`),
+     "residual_scale": [C numbers, where the flow runs on residuals],
+     "restore": {"steps", "guidance", "color", "shift", "published": the model's own settings, each optional}}
+
+A model with a text encoder keeps its tokenizer in the folder `tokenizer` (Hugging Face format).
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+from PIL import Image
+
+from dpir_jax import model_folder
+from dpir_jax.diffusion.guidance import guided
+from dpir_jax.errors import InputError
+from dpir_jax.models.autoencoder import AutoencoderConfig
+from dpir_jax.models.clip import DEVIATION, MEAN, CLIPVisionConfig, clip_preprocess
+from dpir_jax.models.mmdit import LQBranchConfig, MMDiTConfig
+from dpir_jax.models.patch_autoencoder import PatchAutoencoderConfig
+from dpir_jax.models.precision import Precision
+from dpir_jax.models.t5 import T5Config
+from dpir_jax.systems.config_json import from_json, to_json
+from dpir_jax.systems.dpir import DPIR, Condition, DPIRConfig
+from dpir_jax.systems.prompts import global_boxes
+
+CONFIGS = {
+    cls.__name__: cls
+    for cls in (
+        DPIRConfig,
+        AutoencoderConfig,
+        PatchAutoencoderConfig,
+        MMDiTConfig,
+        LQBranchConfig,
+        CLIPVisionConfig,
+        T5Config,
+    )
+}
+
+
+class Scene(NamedTuple):
+    """What all tiles of a photo share: views of N global tiles (zeros beyond those there are) and texts."""
+
+    cls: Float[Array, "N C1"]
+    embed: Float[Array, "N C2"]
+    text: Float[Array, "T D"] | None
+    negative: Float[Array, "T D"] | None
+
+
+class Prompts(NamedTuple):
+    """A tile's condition and, with a negative prompt, what takes the place of the zeros."""
+
+    condition: Condition
+    null: Condition | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RestoringDPIR:
+    """A DPIR with the methods of `restore.system.System`. `tokenizer`: the tokenizer's folder, if there is one."""
+
+    dpir: DPIR
+    tokenizer: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def config(self) -> DPIRConfig:
+        """The system's."""
+        return self.dpir.config
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent cell."""
+        return self.config.latent_factor
+
+    @property
+    def tile(self) -> int:
+        """The side of a tile in latent cells."""
+        return self.config.tile
+
+    @property
+    def tile_multiple(self) -> int:
+        """Tiles are cut into patches, and into halves by an encoder on the latent grid."""
+        return 4 * self.config.mmdit.patch_size
+
+    @property
+    def channels(self) -> int:
+        """Latent channels."""
+        return self.config.mmdit.in_channels
+
+    @property
+    def prompt_source(self) -> str:
+        """What the prompts look at."""
+        return self.config.prompt_source
+
+    def encode(self, pixels: Float[Array, "B S S 3"]) -> Float[Array, "B T T C"]:
+        """E_dr, its mode."""
+        return self.dpir.encode_lq(pixels)
+
+    def decode(self, latent: Float[Array, "B T T C"]) -> Float[Array, "B S S 3"]:
+        """The decoder."""
+        return self.dpir.decode(latent)
+
+    # --- prompts -----------------------------------------------------------------------------------------------------
+
+    def scene(self, photo: UInt8[np.ndarray, "H W 3"], prompt: str | None, negative_prompt: str | None) -> Scene:
+        """Views of the global tiles that the visual prompt has room for, and texts."""
+        config = self.config
+        size = config.clip_tokens.image_size
+        room = max(config.visual_tokens - (size // config.clip_tokens.patch_size) ** 2 - 1, 0)
+        cls = np.zeros((room, config.clip_tokens.width), np.float32)
+        embed = np.zeros((room, config.clip_embed.projection), np.float32)
+        boxes = global_boxes(*photo.shape[:2], config.global_tile, config.global_overlap)
+        for i, (top, bottom, left, right) in enumerate(boxes[:room]):
+            view = _global_view(self.dpir, clip_square(photo[top:bottom, left:right], size)[None])
+            cls[i], embed[i] = (np.asarray(part, np.float32)[0] for part in view)
+        return Scene(cls, embed, self._text(prompt), self._text(negative_prompt))
+
+    def _text(self, prompt: str | None) -> Array | None:
+        if prompt is None:
+            return None
+        if self.config.t5 is None:
+            raise InputError("this model has no text encoder, so it takes no prompt")
+        return _text_tokens(self.dpir, token_ids(prompt, self.tokenizer, self.config.text_tokens))[0]
+
+    def condition(self, scene: Scene, pixels: Float[Array, "B S S 3"]) -> Prompts:
+        """Visual tokens of the tiles with those of the scene, and texts."""
+        count = pixels.shape[0]
+
+        def each(array: Array | None) -> Array | None:
+            return None if array is None else jnp.broadcast_to(array, (count, *array.shape))
+
+        local = self.dpir.local_view(clip_preprocess(pixels, self.config.clip_tokens.image_size))
+        visual, pooled = self.dpir.visual(local, (each(scene.cls), each(scene.embed)))
+        null = None
+        if scene.negative is not None:
+            null = self.dpir.condition(jnp.zeros_like(visual), jnp.zeros_like(pooled), each(scene.negative))
+        return Prompts(self.dpir.condition(visual, pooled, each(scene.text)), null)
+
+    # --- the flow ----------------------------------------------------------------------------------------------------
+
+    def control(self, lq_latent: Float[Array, "B T T C"]) -> Float[Array, "B N D"]:
+        """The LQ branch."""
+        return self.dpir.control(lq_latent)
+
+    def start(self, noise: Float[Array, "B T T C"], lq_latent: Float[Array, "B T T C"]) -> Float[Array, "B T T C"]:
+        """Pure noise: the low-quality photo enters by the branch and, in a residual flow, at the end."""
+        return noise
+
+    def anchor(self, lq_latent: Float[Array, "B T T C"]) -> Float[Array, "B T T C"]:
+        """E_dr's latent as a flow variable."""
+        return self.dpir.to_flow(lq_latent, lq_latent)
+
+    def velocity(
+        self,
+        z: Float[Array, "B T T C"],
+        sigma: Float[Array, "B"],
+        condition: Prompts,
+        control: Float[Array, "B N D"],
+        guidance: Float[Array, ""],
+    ) -> Float[Array, "B T T C"]:
+        """The guided velocity; the branch stays in both halves."""
+
+        def velocity(condition: Condition) -> Array:
+            return self.dpir.velocity(z, sigma, condition, control)
+
+        return guided(velocity, condition.condition, guidance, condition.null, like=z)
+
+    def finish(self, z0: Float[Array, "B T T C"], lq_latent: Float[Array, "B T T C"]) -> Float[Array, "B T T C"]:
+        """The latent of the flow variable."""
+        return self.dpir.from_flow(z0, lq_latent)
+
+
+@jax.jit
+def _global_view(dpir: DPIR, pixels: Array) -> tuple[Array, Array]:
+    return dpir.global_view(pixels)
+
+
+@jax.jit
+def _text_tokens(dpir: DPIR, ids: Array) -> Array:
+    return dpir.text_tokens(ids)
+
+
+def clip_square(picture: UInt8[np.ndarray, "H W 3"], size: int) -> Float[np.ndarray, "size size 3"]:
+    """`clip_preprocess` for a picture of any size, on the host: no size compiles anything."""
+    image = Image.fromarray(np.ascontiguousarray(picture))
+    short = min(image.size)
+    width, height = (size if side == short else size * side // short for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    pixels = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255
+    return (pixels - np.asarray(MEAN, np.float32)) / np.asarray(DEVIATION, np.float32)
+
+
+def token_ids(prompt: str, tokenizer: str | None, length: int) -> Int[np.ndarray, "1 T"]:
+    """T5 token ids, padded or cut to `length`.
+
+    Raises:
+      InputError: the model has no tokenizer.
+    """
+    if tokenizer is None:
+        raise InputError("this model's folder has no tokenizer, so it takes no prompt")
+    return _tokenizer(tokenizer)(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="np")[
+        "input_ids"
+    ].astype(np.int32)
+
+
+@functools.cache
+def _tokenizer(folder: str) -> Any:
+    from transformers import AutoTokenizer  # heavy, and only for a model with a text encoder
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+# --- on disk ---------------------------------------------------------------------------------------------------------
+
+
+def save_dpir(folder: str | Path, dpir: DPIR, *, description: str, restore: dict[str, Any], dtype: Any = None) -> Path:
+    """Writes a model folder that `load_dpir` reads."""
+    config = {
+        "system": "dpir",
+        "description": description,
+        "config": to_json(dpir.config),
+        "residual_scale": np.asarray(dpir.residual_scale[...], np.float64).tolist(),
+        "restore": restore,
+    }
+    return model_folder.save_networks(folder, config, dpir.networks(), dtype)
+
+
+def load_dpir(folder: Path, config: dict[str, Any], precision: Precision) -> RestoringDPIR:
+    """Reads every network of the system, checked against the manifest.
+
+    Raises:
+      InputError: a file is missing, damaged or does not fit.
+    """
+    settings = from_json(config.get("config"), CONFIGS)
+    if not isinstance(settings, DPIRConfig):
+        raise InputError(f"{folder / 'config.json'} holds no DPIRConfig under 'config'")
+    dpir = nnx.eval_shape(lambda: DPIR(settings, rngs=nnx.Rngs(0), precision=precision))
+    for name, network in dpir.networks().items():
+        setattr(dpir, name, model_folder.load_network(folder, name, network))
+    scale = np.asarray(config.get("residual_scale", [1.0] * settings.mmdit.in_channels), np.float32)
+    if scale.shape != (settings.mmdit.in_channels,):
+        raise InputError(f"residual_scale in {folder / 'config.json'} must have {settings.mmdit.in_channels} numbers")
+    dpir.residual_scale.set_value(jnp.asarray(scale))
+    tokenizer = folder / "tokenizer"
+    return RestoringDPIR(dpir, str(tokenizer) if tokenizer.is_dir() else None)

@@ -1,0 +1,413 @@
+"""A photo in, a restored photo out.
+
+Everything that is compiled works on groups of tiles of one shape; canvases of the photo's size live on the host. So
+neither the photo's size nor steps, guidance, seed or fidelity compile anything anew, and memory grows only by the
+canvases: the latents of z, of its velocity and of the low-quality photo, and the pixels.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, UInt8
+from PIL import Image
+
+from dpir_jax.diffusion.guidance import restoration_pull
+from dpir_jax.diffusion.samplers import euler
+from dpir_jax.diffusion.schedule import FlowSchedule
+from dpir_jax.errors import InputError
+from dpir_jax.files import sha256
+from dpir_jax.images import Photo, to_float, to_uint8, write_png
+from dpir_jax.restore import color, compilation_cache, record
+from dpir_jax.restore.models import ModelInfo, describe, find_model, load_system
+from dpir_jax.restore.noise import canvas_noise
+from dpir_jax.restore.settings import Defaults, Settings
+from dpir_jax.restore.sources import PhotoLike, as_photo
+from dpir_jax.restore.system import System
+from dpir_jax.restore.tile_store import TileStore
+from dpir_jax.restore.tiling import TilePlan, blend_tiles, tiled_euler
+
+OVERLAP = 4  # tiles overlap by at least a fourth of their side
+
+Progress = Callable[[str, int, int], None]  # stage, tiles done, tiles in all
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """A restored photo.
+
+    Attributes:
+      pixels: `[H, W, 3]`, 8-bit sRGB.
+      before: the photo as it came, enlarged to the same size by bicubic interpolation.
+      record: the run record, plain JSON values.
+      alpha: `[H, W]` in [0, 1], or None.
+      exif, icc_profile: what the photo's file said and still holds.
+    """
+
+    pixels: UInt8[np.ndarray, "H W 3"]
+    before: UInt8[np.ndarray, "H W 3"]
+    record: dict[str, Any]
+    alpha: Float32[np.ndarray, "H W"] | None = None
+    exif: bytes | None = None
+    icc_profile: bytes | None = None
+
+    @property
+    def image(self) -> Image.Image:
+        """The photo as a PIL picture, RGB or RGBA."""
+        return Image.fromarray(self.pixels if self.alpha is None else np.dstack([self.pixels, to_uint8(self.alpha)]))
+
+    def save(self, path: str | Path) -> None:
+        """Writes a PNG with transparency, EXIF and colour profile, whole or not at all."""
+        write_png(path, self.pixels, alpha=self.alpha, exif=self.exif, icc_profile=self.icc_profile)
+
+
+# --- compiled once per shape of tile; the system's weights are arguments ---------------------------------------------
+
+
+@jax.jit
+def _encode(system: System, pixels: Array) -> Array:
+    return system.encode(pixels)
+
+
+@jax.jit
+def _decode(system: System, latent: Array) -> Array:
+    return system.decode(latent)
+
+
+@jax.jit
+def _finish(system: System, z0: Array, lq_latent: Array) -> Array:
+    return system.decode(system.finish(z0, lq_latent))
+
+
+@jax.jit
+def _start(system: System, noise: Array, lq_latent: Array) -> Array:
+    return system.start(noise, lq_latent)
+
+
+@jax.jit
+def _condition(system: System, scene: Any, pixels: Array) -> Any:
+    return system.condition(scene, pixels)
+
+
+@jax.jit
+def _control(system: System, lq_latent: Array) -> Any:
+    return system.control(lq_latent)
+
+
+def _field(
+    system: System, z: Array, sigma: Array, lq_latent: Array, prompts: tuple[Any, Any], guidance: Array, fidelity: Array
+) -> Float[Array, "G T T C"]:
+    v = system.velocity(z, sigma, *prompts, guidance).astype(jnp.float32)
+    return restoration_pull(v, z, sigma, system.anchor(lq_latent), fidelity)
+
+
+@jax.jit
+def _velocity(
+    system: System, z: Array, sigma: Array, lq_latent: Array, prompts: tuple[Any, Any], guidance: Array, fidelity: Array
+) -> Float[Array, "G T T C"]:
+    return _field(system, z, jnp.broadcast_to(sigma, z.shape[:1]), lq_latent, prompts, guidance, fidelity)
+
+
+@jax.jit
+def _sample(
+    system: System,
+    z: Array,
+    sigmas: Array,
+    steps: Array,
+    lq_latent: Array,
+    prompts: tuple[Any, Any],
+    guidance: Array,
+    fidelity: Array,
+) -> Float[Array, "1 T T C"]:
+    def velocity(z: Array, sigma: Array) -> Array:
+        return _field(system, z, sigma, lq_latent, prompts, guidance, fidelity)
+
+    return euler(velocity, z, sigmas, steps)
+
+
+# --- the restorer ----------------------------------------------------------------------------------------------------
+
+
+class Restorer:
+    """Restores photos with one model. Holds nothing of a photo, so that threads can share it.
+
+    Args:
+      system: see `restore.system.System`.
+      model: where it comes from, for the record.
+      defaults: the model's own settings.
+      schedule: the sampling levels.
+      group: tiles per call; None: 1 on a CPU, 4 elsewhere.
+      tile: side of a tile in pixels of the output; None: the system's.
+    """
+
+    def __init__(
+        self,
+        system: System,
+        *,
+        model: ModelInfo = ModelInfo("unnamed"),  # noqa: B008 -- frozen
+        defaults: Defaults = Defaults(),  # noqa: B008
+        schedule: FlowSchedule = FlowSchedule(),  # noqa: B008
+        group: int | None = None,
+        tile: int | None = None,
+        dtype: str = "float32",
+    ) -> None:
+        self.system = system
+        self.model = model
+        self.defaults = defaults
+        self.schedule = schedule
+        self.group = group or (1 if jax.default_backend() == "cpu" else 4)
+        self.tile = tile
+        self.dtype = dtype
+        self.tile_cells(tile)
+
+    def tile_cells(self, pixels: int | None) -> int:
+        """The side of a tile in latent cells for a side in pixels; None: the restorer's, else the system's.
+
+        Raises:
+          InputError: the system cannot work on tiles of that size.
+        """
+        pixels = pixels or self.tile
+        if pixels is None:
+            return self.system.tile
+        unit = self.system.latent_factor * self.system.tile_multiple
+        if pixels % unit or pixels < 2 * unit:
+            raise InputError(f"tile is {pixels}; this model takes multiples of {unit} pixels, from {2 * unit}")
+        return pixels // self.system.latent_factor
+
+    @overload
+    def __call__(self, photos: PhotoLike, **options: Any) -> Result: ...
+    @overload
+    def __call__(self, photos: Sequence[PhotoLike], **options: Any) -> list[Result]: ...
+
+    def __call__(
+        self,
+        photos: PhotoLike | Sequence[PhotoLike],
+        *,
+        index: int = 0,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Result | list[Result]:
+        """Restores a photo, or a list of them.
+
+        Args:
+          photos: a file, a PIL picture, an array (see `as_photo`), or a list of these.
+          index: the (first) photo's number, which goes into its noise together with the seed.
+          progress: called with (stage, tiles done, tiles in all).
+          **options: the fields of `Settings`.
+
+        Raises:
+          InputError: a setting or a photo that cannot be used.
+        """
+        try:
+            settings = Settings(**options)
+        except TypeError as error:
+            known = ", ".join(field.name for field in dataclasses.fields(Settings))
+            raise InputError(f"{error}; settings are {known}".replace("Settings.__init__() ", "")) from error
+        if isinstance(photos, list | tuple):
+            return [self.restore(p, settings, index=index + i, progress=progress) for i, p in enumerate(photos)]
+        return self.restore(photos, settings, index=index, progress=progress)
+
+    def restore(
+        self, source: PhotoLike, settings: Settings, *, index: int = 0, progress: Progress | None = None
+    ) -> Result:
+        """Restores photo number `index`; see `__call__`."""
+        watch = record.Stopwatch()
+        settings = settings.resolved(self.defaults)
+        tile = self.tile_cells(settings.tile)
+        with watch.stage("read"):
+            photo = as_photo(source)
+            size = settings.output_size(*photo.pixels.shape[:2], str(photo.path))
+            before = enlarge(photo.pixels, size)
+        job = _Job(self, settings, tile, index, before, watch, progress or (lambda stage, done, total: None))
+        content = job.run()
+        with watch.stage("color"):
+            pixels = np.empty_like(before)
+            for rows, values in color.strips(content, before, settings.color):
+                if not np.isfinite(values).all():
+                    raise InputError(f"{self.model.name} made no numbers of {photo.path}; try dtype float32")
+                pixels[rows] = to_uint8(values)
+            alpha = None if photo.alpha is None else to_float(enlarge(photo.alpha, size))
+        run = self._record(source, photo, size, settings, index, job.plan, watch)
+        return Result(pixels, before, run, alpha, photo.exif, photo.icc_profile)
+
+    def identity(self, settings: Settings, index: int) -> dict[str, Any]:
+        """The part of a record that decides the result for a given photo: model, settings, index, versions."""
+        return {
+            "model": record.plain(self.model),
+            "settings": record.plain(settings.resolved(self.defaults)),
+            "schedule": record.plain(self.schedule),
+            "index": index,
+            "dtype": self.dtype,
+            "versions": record.versions(),
+        }
+
+    def _record(
+        self,
+        source: PhotoLike,
+        photo: Photo,
+        size: tuple[int, int],
+        settings: Settings,
+        index: int,
+        plan: TilePlan,
+        watch: record.Stopwatch,
+    ) -> dict[str, Any]:
+        height, width = photo.pixels.shape[:2]
+        is_file = isinstance(source, str | Path)
+        pixels = plan.scaled(self.system.latent_factor)
+        return {
+            "photo": {"width": width, "height": height}
+            | ({"path": str(source), "sha256": sha256(source)} if is_file else {}),
+            "output": {"width": size[1], "height": size[0]},
+            **self.identity(settings, index),
+            "tiles": {
+                "side": pixels.tile,
+                "rows": list(pixels.rows),
+                "columns": list(pixels.columns),
+                "canvas": [pixels.width, pixels.height],
+                "group": self.group,
+            },
+            "hardware": record.hardware(),
+            "seconds": watch.report(),
+            "peak_memory": record.peak_memory(),
+            "notes": list(photo.notes),
+        }
+
+
+def enlarge(pixels: Float[np.ndarray, "h w ..."], size: tuple[int, int]) -> UInt8[np.ndarray, "H W ..."]:
+    """Bicubic (a = -1/2) to `size` (height, width), antialiased where it shrinks, as 8 bits."""
+    planes = np.moveaxis(pixels, -1, 0) if pixels.ndim == 3 else pixels[None]
+    out = np.empty((*size, len(planes)), np.uint8)
+    for i, plane in enumerate(planes):  # floats, one plane at a time: a 16-bit photo keeps its precision until here
+        image = Image.fromarray(np.ascontiguousarray(plane, np.float32))
+        out[..., i] = to_uint8(np.asarray(image.resize(size[::-1], Image.Resampling.BICUBIC)))
+    return out if pixels.ndim == 3 else out[..., 0]
+
+
+class _Job:
+    """One photo on its way through the stages."""
+
+    def __init__(
+        self,
+        restorer: Restorer,
+        settings: Settings,
+        tile: int,
+        index: int,
+        before: UInt8[np.ndarray, "H W 3"],
+        watch: record.Stopwatch,
+        progress: Progress,
+    ) -> None:
+        self.system, self.group, self.watch, self.progress = restorer.system, restorer.group, watch, progress
+        self.settings, self.index = settings, index
+        self.sigmas = np.asarray(restorer.schedule.sampling_table(settings.steps))
+        self.shape = before.shape
+        factor = self.system.latent_factor
+        height, width = (max(tile, -(-side // factor)) for side in before.shape[:2])
+        self.plan = TilePlan.even(height, width, tile, tile // OVERLAP)
+        self.pixel_plan = self.plan.scaled(factor)
+        pad = [(0, factor * cells - side) for cells, side in zip((height, width), before.shape)]
+        self.photo = np.pad(before, [*pad, (0, 0)], mode="reflect") if any(end for _, end in pad) else before
+        self.group = min(self.group, len(self.plan))
+        self.done, self.total = 0, len(self.plan) * (3 + settings.steps)
+
+    def run(self) -> Float32[np.ndarray, "H W 3"]:
+        """Encode, prompt, sample, decode; pixels in about [0, 1], not clipped."""
+        with self.watch.stage("encode"):
+            lq_latent = self.over_tiles("encode", lambda n: _encode(self.system, self.pixels(n)), self.plan)
+        with TileStore() as prompts:
+            with self.watch.stage("prompts"):
+                self.look(prompts, lq_latent)
+            with self.watch.stage("sample"):
+                z0 = self.sample(prompts, lq_latent)
+        with self.watch.stage("decode"):
+
+            def decode(numbers: list[int]) -> Array:
+                return _finish(self.system, self.plan.crop(z0, numbers), self.plan.crop(lq_latent, numbers))
+
+            content = self.over_tiles("decode", decode, self.pixel_plan)
+        return content[: self.shape[0], : self.shape[1]]
+
+    def pixels(self, numbers: list[int]) -> Float32[np.ndarray, "G S S 3"]:
+        return to_float(self.pixel_plan.crop(self.photo, numbers))
+
+    def over_tiles(self, stage: str, compute: Callable[[list[int]], Array], plan: TilePlan) -> np.ndarray:
+        channels = self.system.channels if plan is self.plan else 3
+        return blend_tiles(compute, plan, channels, group=self.group, progress=lambda n: self.advance(stage, n))
+
+    def advance(self, stage: str, tiles: int) -> None:
+        self.done += tiles
+        self.progress(stage, self.done, self.total)
+
+    def look(self, prompts: TileStore, lq_latent: np.ndarray) -> None:
+        """Computes prompts and control, which no step changes, of every tile."""
+        photo, restored = self.photo, self.system.prompt_source == "restored"
+
+        def decode(numbers: list[int]) -> Array:
+            return _decode(self.system, self.plan.crop(lq_latent, numbers))
+
+        if restored:
+            photo = to_uint8(self.over_tiles("prompts", decode, self.pixel_plan))
+            self.done -= len(self.plan)
+        scene = self.system.scene(
+            photo[: self.shape[0], : self.shape[1]], self.settings.prompt, self.settings.negative_prompt
+        )
+        for numbers in self.plan.groups(self.group):
+            seen = decode(numbers) if restored else self.pixels(numbers)
+            both = _condition(self.system, scene, seen), _control(self.system, self.plan.crop(lq_latent, numbers))
+            both = jax.tree.map(np.asarray, both)
+            distinct = len(set(numbers))
+            for row in range(distinct):
+                prompts.append(jax.tree.map(lambda leaf, row=row: leaf[row], both))
+            self.advance("prompts", distinct)
+
+    def sample(self, prompts: TileStore, lq_latent: np.ndarray) -> Float32[np.ndarray, "h w C"]:
+        """Noise to z_0: in one program if one tile holds the photo, else step by step on the canvas."""
+        steps, guidance = self.settings.steps, np.float32(self.settings.guidance)
+        fidelity = np.float32(self.settings.fidelity)
+        noise = canvas_noise(self.settings.seed, self.index, self.plan.height, self.plan.width, self.system.channels)
+
+        def start(numbers: list[int]) -> Array:
+            return _start(self.system, self.plan.crop(noise, numbers), self.plan.crop(lq_latent, numbers))
+
+        z = blend_tiles(start, self.plan, self.system.channels, group=self.group)
+        del noise
+        if len(self.plan) == 1:
+            table, whole = self.sigmas, (z[None], lq_latent[None])
+            z0 = _sample(self.system, whole[0], table, steps, whole[1], prompts.stacked([0]), guidance, fidelity)
+            z = np.asarray(z0)[0]
+            self.advance("sample", steps)
+            return z
+
+        def velocity(tiles: np.ndarray, k: int, numbers: list[int]) -> Array:
+            lq, both = self.plan.crop(lq_latent, numbers), prompts.stacked(numbers)
+            return _velocity(self.system, tiles, self.sigmas[k], lq, both, guidance, fidelity)
+
+        sigmas = self.sigmas[: steps + 1]
+        return tiled_euler(
+            velocity, z, sigmas, self.plan, group=self.group, progress=lambda n: self.advance("sample", n)
+        )
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load(name_or_folder: str | Path, *, dtype: DTypeLike | None = None, tile: int | None = None) -> Restorer:
+    """Loads a model and switches the compilation cache on disk on.
+
+    Args:
+      name_or_folder: an embedded model (`dpir models` lists them) or a model folder.
+      dtype: "float32" or "bfloat16" for weights and products; None: float32 on a CPU, else bfloat16.
+      tile: side of a tile in pixels of the output; None: the model's.
+
+    Raises:
+      InputError: no such model, damaged files, a dtype or tile that it cannot have.
+    """
+    compilation_cache.enable()
+    folder = find_model(name_or_folder)
+    name = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")).name
+    system, defaults, schedule = load_system(folder, name)
+    return Restorer(system, model=describe(folder), defaults=defaults, schedule=schedule, tile=tile, dtype=name)

@@ -1,0 +1,77 @@
+"""What restoring asks of a system: pure functions over tiles of one shape, each of which is compiled once.
+
+A system is a pytree (its weights are arguments of what is compiled, never constants inside it) and goes through these
+stages. T is the side of a tile in latent cells, f pixels per cell, S = f T, B tiles at a time:
+
+    once per photo    scene(photo, prompt, negative_prompt)            what all tiles share
+    once per tile     encode -> lq_latent;  condition(scene, pixels);  control(lq_latent)
+    per step          velocity(z, sigma, condition, control, guidance)
+    once per tile     decode(finish(z_0, lq_latent))
+"""
+
+from typing import Any, Literal, Protocol
+
+from jaxtyping import Array, Float, UInt8
+from numpy import ndarray
+
+
+class System(Protocol):
+    """A diffusion system that restores photos."""
+
+    @property
+    def latent_factor(self) -> int:
+        """f: pixels per latent cell."""
+
+    @property
+    def tile(self) -> int:
+        """T: the side of a tile in latent cells that suits the system best."""
+
+    @property
+    def tile_multiple(self) -> int:
+        """Every tile side, in latent cells, must be a multiple of this."""
+
+    @property
+    def channels(self) -> int:
+        """C: latent channels."""
+
+    @property
+    def prompt_source(self) -> Literal["lq", "restored"]:
+        """Whether prompts look at the low-quality photo itself or at decode(encode(photo))."""
+
+    def encode(self, pixels: Float[Array, "B S S 3"]) -> Float[Array, "B T T C"]:
+        """Low-quality pixels in [0, 1], at the target size, to latents."""
+
+    def decode(self, latent: Float[Array, "B T T C"]) -> Float[Array, "B S S 3"]:
+        """Latents to pixels in about [0, 1]; not clipped."""
+
+    def scene(self, photo: UInt8[ndarray, "H W 3"], prompt: str | None, negative_prompt: str | None) -> Any:
+        """What the tiles of a photo share (global views, text). Any size of photo, one shape of result.
+
+        Raises:
+          InputError: a prompt for a system without a text encoder.
+        """
+
+    def condition(self, scene: Any, pixels: Float[Array, "B S S 3"]) -> Any:
+        """The prompts of tiles: a pytree of arrays with a leading axis B."""
+
+    def control(self, lq_latent: Float[Array, "B T T C"]) -> Any:
+        """What the low-quality latents of tiles steer: a pytree of arrays with a leading axis B."""
+
+    def start(self, noise: Float[Array, "B T T C"], lq_latent: Float[Array, "B T T C"]) -> Float[Array, "B T T C"]:
+        """z at sigma 1, cell by cell."""
+
+    def anchor(self, lq_latent: Float[Array, "B T T C"]) -> Float[Array, "B T T C"]:
+        """The z_0 that `finish` turns into `lq_latent`: what `fidelity` pulls towards."""
+
+    def velocity(
+        self,
+        z: Float[Array, "B T T C"],
+        sigma: Float[Array, "B"],
+        condition: Any,
+        control: Any,
+        guidance: Float[Array, ""],
+    ) -> Float[Array, "B T T C"]:
+        """dz / dsigma, classifier-free guidance included."""
+
+    def finish(self, z0: Float[Array, "B T T C"], lq_latent: Float[Array, "B T T C"]) -> Float[Array, "B T T C"]:
+        """The latent of a z at sigma 0, cell by cell."""

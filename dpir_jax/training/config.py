@@ -1,0 +1,287 @@
+"""Recipes: `configs/NAME.py[:stage]` files of ml_collections, with typed overrides, checked before anything runs.
+
+A recipe is a file with `get_config(stage=...) -> ConfigDict`. Its top-level fields are those of `TrainConfig` and:
+
+    task_type   "module:Class", a `dpir_jax.training.task.Task`, built by `Class.from_config(config.task)`
+    task        the sub-config for it
+    data        sub-config: the fields of `dpir_jax.data.pipeline.DataConfig` (batch and seed come from the top level)
+    validation  optional; as `data`, its first batch is what the preview sheet shows
+    data_type   optional; "module:function" that makes other batches: `function(batch=..., seed=..., **fields)`
+"""
+
+import ast
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import json
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from dpir_jax.data.pipeline import DataConfig, make_dataset
+from dpir_jax.errors import InputError
+from dpir_jax.parallel.mesh import MeshConfig
+
+SUB_CONFIGS = ("task", "data", "validation")
+TYPES = ("task_type", "data_type")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """How to train. Steps are optimizer steps; `batch` is the global number of samples of one."""
+
+    steps: int
+    batch: int
+    learning_rate: float
+    seed: int = 0
+    warmup_steps: int = 0
+    schedule: str = "constant"  # or "cosine"
+    decay_steps: int = 0  # length of the cosine at the end; 0: everything after the warm-up
+    end_lr: float = 0.0  # where the cosine ends
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 1e-4
+    clip_norm: float | None = 1.0  # None: no clipping
+    adversary_learning_rate: float | None = None  # None: the same
+    ema_decay: float = 0.999  # of the step count's ramp min(ema_decay, (1 + t) / (10 + t))
+    checkpoint_every: int = 1000
+    keep: int = 2  # checkpoints
+    preview_every: int = 1000  # 0: never
+    log_every: int = 50
+    time_limit_minutes: float | None = None  # save and stop after this long; run again to go on
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        """Raises `InputError` that names the first setting out of range or in contradiction to another."""
+        for name in ("steps", "batch", "checkpoint_every", "keep", "log_every"):
+            self._need(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("warmup_steps", "decay_steps", "preview_every", "seed", "end_lr", "weight_decay"):
+            self._need(getattr(self, name) >= 0, name, "at least 0")
+        for name in ("learning_rate", "eps", "clip_norm", "adversary_learning_rate", "time_limit_minutes"):
+            self._need(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
+        for name in ("b1", "b2", "ema_decay"):
+            self._need(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
+        self._need(self.schedule in ("constant", "cosine"), "schedule", "'constant' or 'cosine'")
+        self._need(self.warmup_steps <= self.steps, "warmup_steps", f"at most steps ({self.steps})")
+        self._need(self.end_lr <= self.learning_rate, "end_lr", f"at most learning_rate ({self.learning_rate})")
+        left = self.steps - self.warmup_steps
+        self._need(self.decay_steps <= left, "decay_steps", f"at most steps - warmup_steps ({left})")
+        if self.schedule == "constant":
+            self._need(not self.decay_steps, "decay_steps", "0 when schedule is 'constant'")
+            self._need(not self.end_lr, "end_lr", "0 when schedule is 'constant'")
+
+    def _need(self, condition: bool, name: str, wanted: str) -> None:
+        if not condition:
+            raise InputError(f"config.{name} is {getattr(self, name)!r}; it must be {wanted}")
+
+    @property
+    def decay_start(self) -> int:
+        """The first step whose learning rate is on the cosine (`steps` when there is none)."""
+        if self.schedule == "constant":
+            return self.steps
+        return self.steps - self.decay_steps if self.decay_steps else self.warmup_steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: what to train with, and the sub-configs for those who build from them."""
+
+    train: TrainConfig
+    task: ConfigDict
+    data: ConfigDict
+    task_type: str
+    data_type: str | None = None
+    validation: ConfigDict | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; `from_json` gives an equal recipe back."""
+        subs = {name: getattr(self, name).to_dict() for name in SUB_CONFIGS if getattr(self, name) is not None}
+        kinds = {name: getattr(self, name) for name in TYPES if getattr(self, name) is not None}
+        return json.loads(json.dumps(dataclasses.asdict(self.train) | kinds | subs))
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> "Recipe":
+        """The recipe that `to_json` wrote."""
+        return _recipe(ConfigDict(value))
+
+    def build_task(self) -> Any:
+        """The task, a `dpir_jax.training.task.Task`."""
+        return _resolve(self.task_type, "task_type").from_config(self.task.to_dict())
+
+    def build_data(self) -> Any:
+        """The training batches: an endless iterator that can tell and take its position (`loop.Batches`)."""
+        return self._batches("data")
+
+    def build_validation(self) -> Any | None:
+        """The batches whose first one is shown on the preview sheet; None: the recipe names none."""
+        return None if self.validation is None else self._batches("validation")
+
+    def _batches(self, name: str) -> Any:
+        settings = {"batch": self.train.batch, "seed": self.train.seed} | getattr(self, name).to_dict()
+        make = _resolve(self.data_type, "data_type") if self.data_type else DataConfig
+        try:
+            inspect.signature(make).bind(**settings)
+        except TypeError as error:
+            raise InputError(f"config.{name} does not fit {make.__name__}: {error}") from error
+        if self.data_type:
+            return make(**settings)
+        return make_dataset(make(**settings), process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def load_recipe(spec: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads `configs/NAME.py` or `configs/NAME.py:stage` and applies `--config.field=value` overrides.
+
+    Raises:
+      InputError: no such file or stage, an unknown setting, a value of the wrong type, or settings in contradiction.
+    """
+    path, _, stage = spec.partition(":")
+    config = _run_recipe(Path(path), stage or None)
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        if not name.startswith("--config.") or not equals:
+            raise InputError(f"{override}: expected --config.FIELD=VALUE")
+        _override(config, name.removeprefix("--config."), text)
+    return _recipe(config)
+
+
+def _run_recipe(path: Path, stage: str | None) -> ConfigDict:
+    if not path.is_file():
+        raise InputError(f"there is no recipe {path}")
+    spec = importlib.util.spec_from_file_location(f"dpir_recipe_{path.stem}", path)
+    if spec is None:
+        raise InputError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise InputError(f"{path} is not a recipe: it has no get_config()")
+    try:
+        return module.get_config(stage) if stage else module.get_config()
+    except ValueError as error:  # how a recipe says that it has no such stage
+        raise InputError(f"{path}: {error}") from error
+
+
+def _resolve(target: str, setting: str) -> Any:
+    """Imports "module:name". `InputError` names the setting that held it."""
+    module, colon, name = target.partition(":")
+    if not colon:
+        raise InputError(f"config.{setting} is {target!r}; expected 'module:name'")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise InputError(f"config.{setting} is {target!r}, which cannot be imported: {error}") from error
+
+
+def _fields(kind: type) -> dict[str, Any]:
+    """Field name -> annotated type of a config dataclass."""
+    return typing.get_type_hints(kind)
+
+
+def _recipe(config: ConfigDict) -> Recipe:
+    for name in ("task_type", "task", "data"):
+        if config.get(name) is None:
+            raise InputError(f"the recipe has no config.{name}")
+    subs = {name: _tuples(config[name]) for name in SUB_CONFIGS if config.get(name) is not None}
+    kinds = {name: config[name] for name in TYPES if config.get(name) is not None}
+    settings = {name: value for name, value in config.items() if name not in SUB_CONFIGS + TYPES}
+    return Recipe(train=_build(TrainConfig, settings), **subs, **kinds)
+
+
+def _build(kind: type, values: Any, prefix: str = "config.") -> Any:
+    """A config dataclass from a mapping; every value is checked against the field's annotation."""
+    types_of = _fields(kind)
+    if not hasattr(values, "items"):
+        raise InputError(f"{prefix.rstrip('.')} is {values!r}; expected settings {', '.join(types_of)}")
+    known = {}
+    for name, value in values.items():
+        if name not in types_of:
+            raise InputError(f"{prefix}{name} is not a setting; there are {', '.join(types_of)}")
+        if dataclasses.is_dataclass(types_of[name]):
+            known[name] = _build(types_of[name], value, f"{prefix}{name}.")
+        elif not _fits(value, types_of[name]):
+            raise InputError(f"{prefix}{name} is {value!r}; expected {_spell(types_of[name])}")
+        else:
+            known[name] = float(value) if float in _members(types_of[name]) and value is not None else value
+    try:
+        inspect.signature(kind).bind(**known)
+    except TypeError as error:
+        raise InputError(f"the recipe is not complete: {error}") from error
+    return kind(**known)
+
+
+def _members(annotation: Any) -> tuple[Any, ...]:
+    return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+    members = _members(annotation)
+    if isinstance(value, bool):
+        return bool in members
+    return type(value) in members or (isinstance(value, int) and float in members)
+
+
+def _spell(annotation: Any) -> str:
+    return " or ".join("none" if kind is types.NoneType else kind.__name__ for kind in _members(annotation))
+
+
+def _override(config: ConfigDict, dotted: str, text: str) -> None:
+    """Sets one field. Its type is that of the dataclass field, or in a sub-config that of the recipe's own value."""
+    *parents, name = dotted.split(".")
+    kind: type | None = TrainConfig
+    for depth, parent in enumerate(parents):
+        kind = _fields(kind).get(parent) if kind else None
+        if parent not in config and kind is not None:
+            config[parent] = ConfigDict()
+        if not isinstance(config.get(parent), ConfigDict):
+            raise InputError(f"--config.{dotted}: there is no config.{'.'.join(parents[: depth + 1])}")
+        config = config[parent]
+    if kind is not None and dataclasses.is_dataclass(kind) and name in _fields(kind):
+        expected = _fields(kind)[name]
+    elif name in config and not isinstance(config[name], ConfigDict):
+        kind_of = config.get_type(name)  # also that of a placeholder, whose value is None
+        expected = kind_of if config[name] is not None or kind_of is types.NoneType else kind_of | None
+    else:
+        raise InputError(f"--config.{dotted}: the recipe has no such setting")
+    try:
+        value = _parse(text, _members(expected))
+    except (ValueError, SyntaxError) as error:
+        raise InputError(f"--config.{dotted}={text}: expected {_spell(expected)}") from error
+    with config.ignore_type():
+        config[name] = value
+
+
+def _parse(text: str, kinds: tuple[Any, ...]) -> Any:
+    if types.NoneType in kinds:
+        if text.lower() == "none":
+            return None
+        if kinds == (types.NoneType,):  # a sub-config's None says nothing about the type
+            try:
+                return ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                return text
+    kind = kinds[0]
+    if kind is bool:
+        return {"true": True, "false": False}[text.lower()] if text.lower() in ("true", "false") else _fail(text)
+    if kind in (tuple, list):
+        value = ast.literal_eval(text)
+        return tuple(value) if isinstance(value, (tuple, list)) else _fail(text)
+    if kind in (int, float, str):
+        return kind(text)
+    return _fail(text)
+
+
+def _fail(text: str) -> Any:
+    raise ValueError(text)
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples, all the way down, so that a recipe and its JSON copy build the same things."""
+    if isinstance(value, ConfigDict):
+        return ConfigDict({name: _tuples(member) for name, member in value.items()})
+    return tuple(_tuples(member) for member in value) if isinstance(value, (list, tuple)) else value

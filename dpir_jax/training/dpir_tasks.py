@@ -1,0 +1,371 @@
+"""The two stages of DPIR as training tasks.
+
+    stage 1   E_dr     |D(E_dr(x_lq)) - x_hq|_1 + l LPIPS + g GAN                D frozen (paper, section 3)
+    stage 2   DiT      the flow's loss on z_hq (or E_dr's residual)              E_dr, D frozen; DiT, LQ branch trained
+
+Both degrade on the accelerator, inside the step. Stage 2 may add LPIPS and an adversarial term on the decoded estimate
+D(z_0): the paper has them in stage 1 only; the small models here gain by them (docs/dpir_nano.md measures it).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from dpir_jax import images, model_folder
+from dpir_jax.degradation import Recipe, degrade
+from dpir_jax.diffusion.flow import interpolate, loss_weight, velocity_loss
+from dpir_jax.diffusion.samplers import euler
+from dpir_jax.diffusion.schedule import FlowSchedule, draw_time
+from dpir_jax.errors import InputError
+from dpir_jax.metrics.lpips import LPIPS
+from dpir_jax.models.autoencoder import Autoencoder, Encoder
+from dpir_jax.models.clip import clip_preprocess
+from dpir_jax.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PatchEncoder, to_patches
+from dpir_jax.restore.dpir import save_dpir
+from dpir_jax.systems.config_json import to_json
+from dpir_jax.systems.dpir import DPIR, Condition, DPIRConfig
+from dpir_jax.systems.prompts import drop
+from dpir_jax.training.adversary import Discriminator, adversarial_losses
+
+VGG_CHANNELS = (64, 128, 256, 512, 512)
+SYSTEMS = {"nano": DPIRConfig.nano, "sd3_medium": DPIRConfig.sd3_medium}
+
+
+@dataclasses.dataclass(frozen=True)
+class PictureLoss:
+    """What a decoded picture is compared by; a weight of 0 leaves the term out.
+
+    `crop`: side in pixels of the random part that LPIPS and the discriminator see (0: all of it).
+    `stages`: how many of VGG16's five stages are run.
+    """
+
+    l1: float = 1.0
+    lpips: float = 1.0
+    adversarial: float = 0.0
+    crop: int = 64
+    stages: int = 3
+    weights: str | None = None
+
+
+class Critics(nnx.Module):
+    """The frozen perceptual network and the discriminator that goes with it."""
+
+    def __init__(self, config: PictureLoss, *, rngs: nnx.Rngs) -> None:
+        self.perceptual = LPIPS.load("vgg", config.weights, stages=config.stages)
+        if config.adversarial:
+            self.discriminator = Discriminator(VGG_CHANNELS[: config.stages], rngs=rngs)
+
+
+def picture_loss(
+    config: PictureLoss,
+    critics: Critics | None,
+    image: Float[Array, "B H W 3"],
+    hq: Float[Array, "B H W 3"],
+    key: jax.Array,
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """The weighted sum and its terms, for pictures in [0, 1]."""
+    metrics = {"l1": jnp.mean(jnp.abs(image - hq))}
+    total = config.l1 * metrics["l1"]
+    if critics is None:
+        return total, metrics
+    if config.crop and config.crop < image.shape[1]:
+        y, x = jax.random.randint(key, (2,), 0, image.shape[1] - config.crop + 1)
+
+        def cut(picture: jax.Array) -> jax.Array:
+            size = (picture.shape[0], config.crop, config.crop, 3)
+            return jax.lax.dynamic_slice(picture, (0, y, x, 0), size)
+
+        image, hq = cut(image), cut(hq)
+    real = jax.lax.stop_gradient(critics.perceptual.features(hq))
+    fake = critics.perceptual.features(image)
+    metrics["lpips"] = jnp.mean(critics.perceptual.distance(fake, real))
+    total += config.lpips * metrics["lpips"]
+    if config.adversarial:
+        metrics["generator"], metrics["judge"] = adversarial_losses(critics.discriminator, real, fake)
+        total += config.adversarial * metrics["generator"] + metrics["judge"]
+    return total, metrics
+
+
+# --- from a batch of good pictures to pairs --------------------------------------------------------------------------
+
+
+def upsample(lq: Float[Array, "B h w 3"], scale: int) -> Float[Array, "B H W 3"]:
+    """Bicubic (a = -0.5), clipped: how a low-quality picture gets to the target size before E_dr."""
+    batch, height, width, _ = lq.shape
+    return jnp.clip(jax.image.resize(lq, (batch, height * scale, width * scale, 3), "cubic"), 0, 1)
+
+
+def make_pairs(key: jax.Array, hq: Float[Array, "B H W 3"], recipes: tuple[Recipe, ...]) -> Float[Array, "B H W 3"]:
+    """Degrades and upsamples; the batch is split evenly among the recipes, in order."""
+    parts = []
+    for i, (recipe, part) in enumerate(zip(recipes, jnp.array_split(hq, len(recipes)))):
+        parts.append(upsample(degrade(jax.random.fold_in(key, i), part, recipe)[0], recipe.scale))
+    return jnp.concatenate(parts)
+
+
+def cut_boxes(pictures: Float[Array, "B H W 3"], corners: Array, size: int) -> Float[Array, "B S S 3"]:
+    """The local crop of each global one; `corners` [B, 2] are its top and left."""
+    return jax.vmap(lambda p, c: jax.lax.dynamic_slice(p, (c[0], c[1], 0), (size, size, 3)))(pictures, corners)
+
+
+def as_float(pictures: Array) -> Float[Array, "B H W 3"]:
+    """uint8 pictures of the data pipeline as float32 in [0, 1]."""
+    return pictures.astype(jnp.float32) / 255
+
+
+def sample_crops(folders: tuple[str, ...], count: int, size: int, seed: int) -> np.ndarray:
+    """`count` random crops `[N, size, size, 3]` in [0, 1], from about `count` / 4 photos: for closed-form fits."""
+    rng = np.random.default_rng(seed)
+    paths = images.find_photos([Path(folder) for folder in folders])
+    crops = []
+    while len(crops) < count:
+        pixels = images.read_pixels(paths[rng.integers(len(paths))])
+        if min(pixels.shape[:2]) < size:
+            continue
+        for _ in range(4):
+            y, x = (rng.integers(side - size + 1) for side in pixels.shape[:2])
+            crops.append(pixels[y : y + size, x : x + size])
+    return np.stack(crops[:count]).astype(np.float32) / 255
+
+
+def _recipes(names: tuple[str, ...], scale: int) -> tuple[Recipe, ...]:
+    known = {"realesrgan": Recipe.realesrgan, "light": Recipe.light}
+    for name in names:
+        if name not in known:
+            raise InputError(f"recipes has {name!r}; known are {', '.join(known)}")
+    return tuple(dataclasses.replace(known[name](), scale=scale) for name in names)
+
+
+def _from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """A frozen dataclass from a recipe's section; an unknown field is an error that names it."""
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise InputError(f"{where}.{name} is not a setting; known are {', '.join(fields)}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    if isinstance(values.get("picture"), Mapping):
+        values["picture"] = _from_mapping(PictureLoss, values["picture"], f"{where}.picture")
+    return cls(**values)
+
+
+# --- stage 1 ---------------------------------------------------------------------------------------------------------
+
+
+class EncoderModel(nnx.Module):
+    """Stage 1's networks: the frozen autoencoder, E_dr, the critics."""
+
+    def __init__(self, system: DPIRConfig, picture: PictureLoss, *, rngs: nnx.Rngs) -> None:
+        if isinstance(system.autoencoder, PatchAutoencoderConfig):
+            self.autoencoder = PatchAutoencoder(system.autoencoder, rngs=rngs)
+            self.robust_encoder = PatchEncoder(system.robust_encoder, rngs=rngs)
+        else:
+            self.autoencoder = Autoencoder(system.autoencoder, rngs=rngs)
+            self.robust_encoder = Encoder(system.robust_encoder, rngs=rngs)
+        if picture.lpips or picture.adversarial:
+            self.critics = Critics(picture, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderTask:
+    """Stage 1: the degradation-robust encoder. `init_from`: a model folder with the autoencoder to start from."""
+
+    system: str = "nano"
+    recipes: tuple[str, ...] = ("realesrgan", "light")
+    scale: int = 4
+    picture: PictureLoss = PictureLoss()
+    photos: tuple[str, ...] = ()
+    init_from: str | None = None
+
+    trainable = nnx.Any(nnx.PathContains("robust_encoder"), nnx.PathContains("discriminator"))
+    adversary = None  # `adversarial_losses` serves both sides in one backward pass
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """From a recipe's `task` section."""
+        return _from_mapping(cls, config, "task")
+
+    @property
+    def config(self) -> DPIRConfig:
+        """The system this stage belongs to."""
+        return SYSTEMS[self.system]()
+
+    def init(self, key: jax.Array) -> EncoderModel:
+        """Fits the patch transform in closed form, or reads the autoencoder of `init_from`; E_dr starts as its encoder."""
+        model = EncoderModel(self.config, self.picture, rngs=nnx.Rngs(key))
+        if self.init_from:
+            model.autoencoder = model_folder.load_network(self.init_from, "autoencoder", model.autoencoder)
+        elif isinstance(self.config.autoencoder, PatchAutoencoderConfig):
+            crops = sample_crops(self.photos, 512, 64, seed=0)
+            size = self.config.autoencoder.patch_size
+            model.autoencoder.fit(np.asarray(to_patches(2 * crops - 1, size)).reshape(-1, 3 * size**2))
+        # E_dr has the encoder's weights where it has the encoder's layers (the trunk, where there is one, starts at zero)
+        nnx.update(model.robust_encoder, nnx.state(model.autoencoder.encoder))
+        return model
+
+    def restored(self, model: EncoderModel, lq: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+        """D(E_dr(x_lq)) for a picture in [0, 1] at the target size."""
+        return model.autoencoder.decode(model.robust_encoder(2 * lq - 1)[0]) / 2 + 0.5
+
+    def loss(self, model: EncoderModel, batch: Mapping[str, Array], key: jax.Array) -> tuple[Array, dict[str, Array]]:
+        """The stage's loss on a batch of good crops."""
+        hq = as_float(batch["hq"])
+        lq = make_pairs(jax.random.fold_in(key, 0), hq, _recipes(self.recipes, self.scale))
+        critics = model.critics if hasattr(model, "critics") else None
+        return picture_loss(self.picture, critics, self.restored(model, lq), hq, jax.random.fold_in(key, 1))
+
+    def preview(self, model: EncoderModel, batch: Mapping[str, Array], key: jax.Array) -> Float[Array, "B H W 3"]:
+        """Rows of upsampled input | restored | original."""
+        hq = as_float(batch["hq"])
+        lq = make_pairs(key, hq, _recipes(self.recipes, self.scale))
+        return jnp.concatenate([lq, self.restored(model, lq), hq], 2)
+
+    def export(self, model: EncoderModel, out: Path) -> None:
+        """Writes what stage 2 starts from: the autoencoder and E_dr."""
+        networks = {"autoencoder": model.autoencoder, "robust_encoder": model.robust_encoder}
+        model_folder.save_networks(out, {"system": "dpir-encoder", "config": to_json(self.config)}, networks)
+
+
+# --- stage 2 ---------------------------------------------------------------------------------------------------------
+
+
+class DiTModel(nnx.Module):
+    """Stage 2's networks: the whole system and the critics."""
+
+    def __init__(self, system: DPIRConfig, picture: PictureLoss | None, *, rngs: nnx.Rngs) -> None:
+        self.system = DPIR(system, rngs=rngs)
+        if picture is not None and (picture.lpips or picture.adversarial):
+            self.critics = Critics(picture, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTTask:
+    """Stage 2: the DiT with its LQ branch.
+
+    `init_from`: the model folder of stage 1. `loss_kind`: "x0" is the published loss, "velocity" the paper's.
+    `picture`: extra terms on D(z_0) (None: the published loss alone). `train_prompts`: train the image encoders too.
+    `description`, `restore`: what the exported model says of itself, and its own settings for restoring.
+    """
+
+    system: str = "nano"
+    init_from: str | None = None
+    recipes: tuple[str, ...] = ("realesrgan", "light")
+    scale: int = 4
+    local_crop: int = 128
+    loss_kind: Literal["x0", "velocity"] = "x0"
+    time: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    shift: float = 3.0
+    prompt_dropout: float = 0.464
+    picture: PictureLoss | None = None
+    train_prompts: bool = False
+    photos: tuple[str, ...] = ()
+    preview_steps: int = 4
+    description: str = "DPIR"
+    restore: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    adversary = None
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """From a recipe's `task` section."""
+        return _from_mapping(cls, config, "task")
+
+    @property
+    def config(self) -> DPIRConfig:
+        """The system that is trained."""
+        return SYSTEMS[self.system]()
+
+    @property
+    def trainable(self) -> nnx.filterlib.Filter:
+        """The DiT with its branch, what the config adds to the prompts, and the discriminator."""
+        names = ["mmdit", "visual_mlp", "discriminator"] + (["clip_tokens", "clip_embed"] if self.train_prompts else [])
+        return nnx.Any(*(nnx.PathContains(name) for name in names))
+
+    def init(self, key: jax.Array) -> DiTModel:
+        """Reads stage 1's networks and measures the residual's scale."""
+        if self.init_from is None:
+            raise InputError("task.init_from must name the model folder of stage 1")
+        model = DiTModel(self.config, self.picture, rngs=nnx.Rngs(key))
+        system = model.system
+        system.autoencoder = model_folder.load_network(self.init_from, "autoencoder", system.autoencoder)
+        system.robust_encoder = model_folder.load_network(self.init_from, "robust_encoder", system.robust_encoder)
+        if self.config.flow == "residual":
+            hq = jnp.asarray(sample_crops(self.photos, 128, self.local_crop, seed=1))
+            system.residual_scale[...] = jax.jit(self._residual_rms)(system, hq, jax.random.key(1))
+        return model
+
+    def _residual_rms(self, system: DPIR, hq: Float[Array, "B H W 3"], key: jax.Array) -> Float[Array, "C"]:
+        lq = make_pairs(key, hq, _recipes(self.recipes, self.scale))
+        residual = system.encode_hq(hq) - system.encode_lq(lq)
+        return jnp.sqrt(jnp.mean(jnp.square(residual), axis=(0, 1, 2)))
+
+    def _inputs(
+        self, system: DPIR, batch: Mapping[str, Array], key: jax.Array
+    ) -> tuple[Float[Array, "B S S 3"], Float[Array, "B S S 3"], Float[Array, "B h w C"], tuple[Array, Array]]:
+        """(x_lq, x_hq, z_lq, visual part of the prompt) of the local crops."""
+        whole = as_float(batch["hq"])
+        degraded = make_pairs(key, whole, _recipes(self.recipes, self.scale))
+        lq, hq = (cut_boxes(p, batch["box"], self.local_crop) for p in (degraded, whole))
+        lq_latent = jax.lax.stop_gradient(system.encode_lq(lq))
+        looks = (lq, degraded)
+        if self.config.prompt_source == "restored":
+            looks = (system.decode(lq_latent), system.decode(system.encode_lq(degraded)))
+        size = self.config.clip_tokens.image_size
+        local = system.local_view(clip_preprocess(looks[0], size))
+        cls, embed = system.global_view(clip_preprocess(looks[1], size))
+        return lq, hq, lq_latent, system.visual(local, (cls[:, None], embed[:, None]))
+
+    def loss(self, model: DiTModel, batch: Mapping[str, Array], key: jax.Array) -> tuple[Array, dict[str, Array]]:
+        """The flow's loss, plus `picture`'s on the decoded estimate."""
+        system = model.system
+        keys = jax.random.split(key, 6)
+        _, hq, lq_latent, (visual, pooled) = self._inputs(system, batch, keys[0])
+        count = hq.shape[0]
+        text = batch.get("text")
+        dropped = jax.random.uniform(keys[1], (count,)) < self.prompt_dropout
+        text_dropped = jax.random.uniform(keys[2], ()) < self.prompt_dropout
+        condition = system.condition(*drop(visual, pooled, text, dropped, text_dropped))
+
+        z0 = system.to_flow(system.encode_hq(hq, keys[3]), lq_latent)
+        noise = jax.random.normal(keys[4], z0.shape)
+        time_key, picture_key = jax.random.split(keys[5])
+        sigma = FlowSchedule(shift=self.shift).training_sigma(draw_time(time_key, (count,), self.time))
+        velocity, estimate = system.predict(interpolate(z0, noise, sigma), sigma, condition, system.control(lq_latent))
+        if self.loss_kind == "velocity":
+            flow = velocity_loss(velocity, z0, noise, loss_weight(sigma))
+        else:  # z - sigma v = z_0's estimate, so this is the published sigma^2-weighted loss
+            flow = jnp.mean(jnp.square(estimate - z0))
+        metrics = {"flow": flow}
+        if self.picture is None:
+            return flow, metrics
+        image = system.decode(system.from_flow(estimate, lq_latent))
+        critics = model.critics if hasattr(model, "critics") else None
+        extra, terms = picture_loss(self.picture, critics, image, hq, picture_key)
+        return flow + extra, metrics | terms
+
+    def sample(
+        self, system: DPIR, lq_latent: Float[Array, "B h w C"], condition: Condition, steps: int, key: jax.Array
+    ) -> Float[Array, "B H W 3"]:
+        """The system's own sampling, for pictures of the training size."""
+        control = system.control(lq_latent)
+        sigmas = FlowSchedule(shift=self.shift).sampling_table(steps, steps)
+        noise = jax.random.normal(key, lq_latent.shape)
+        z0 = euler(lambda z, sigma: system.velocity(z, sigma, condition, control), noise, sigmas, steps)
+        return system.decode(system.from_flow(z0, lq_latent))
+
+    def preview(self, model: DiTModel, batch: Mapping[str, Array], key: jax.Array) -> Float[Array, "B H W 3"]:
+        """Rows of upsampled input | E_dr alone | sampled | original."""
+        system = model.system
+        lq, hq, lq_latent, (visual, pooled) = self._inputs(system, batch, key)
+        sampled = self.sample(system, lq_latent, system.condition(visual, pooled), self.preview_steps, key)
+        return jnp.clip(jnp.concatenate([lq, system.decode(lq_latent), sampled, hq], 2), 0, 1)
+
+    def export(self, model: DiTModel, out: Path) -> None:
+        """Writes the whole system, as `dpir restore --model` takes it, in float16."""
+        save_dpir(out, model.system, description=self.description, restore=dict(self.restore), dtype=jnp.float16)

@@ -1,0 +1,160 @@
+"""The attention backends against the plain one, values and gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType, PartitionSpec
+
+from dpir_jax.errors import InputError
+from dpir_jax.models import attention as module
+from dpir_jax.models.attention import attention, use_attention_backend
+
+BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 7, 9, 3, 8
+
+
+def operands(batch=BATCH, queries=QUERIES, keys=KEYS, heads=HEADS, width=WIDTH, dtype=jnp.float32):
+    rng = np.random.default_rng(0)
+    shapes = [(batch, queries, heads, width)] + 2 * [(batch, keys, heads, width)]
+    return [jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes]
+
+
+def biases():
+    rng = np.random.default_rng(1)
+    one = jnp.asarray(rng.standard_normal((HEADS, QUERIES, KEYS)), jnp.float32)
+    return {"none": None, "shared": one, "one": one[None], "each": jnp.stack([one, one[::-1]])}
+
+
+def mask():
+    return jnp.arange(KEYS)[None] < jnp.array([[KEYS], [4]])
+
+
+def by_hand(q, k, v, mask, bias, scale):
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    for b, h in np.ndindex(q.shape[0], q.shape[2]):
+        logits = q[b, :, h] @ k[b, :, h].T * scale
+        if bias is not None:
+            logits = logits + np.asarray(np.broadcast_to(bias, (q.shape[0], *bias.shape[-3:])), np.float64)[b, h]
+        weights = np.exp(logits) * (1 if mask is None else np.asarray(mask)[b])
+        out[b, :, h] = weights / weights.sum(-1, keepdims=True) @ v[b, :, h]
+    return out
+
+
+@pytest.mark.parametrize("backend", ["xla", "loop"])
+@pytest.mark.parametrize("bias", biases())
+@pytest.mark.parametrize("masked", [False, True])
+def test_values(backend, bias, masked):
+    q, k, v = operands()
+    bias, keep = biases()[bias], mask() if masked else None
+    found = attention(q, k, v, mask=keep, bias=bias, scale=0.7, backend=backend)
+    np.testing.assert_allclose(found, by_hand(q, k, v, keep, bias, 0.7), atol=1e-5)
+
+
+def test_the_default_scale_is_one_over_root_width():
+    q, k, v = operands()
+    np.testing.assert_allclose(attention(q, k, v), by_hand(q, k, v, None, None, WIDTH**-0.5), atol=1e-5)
+
+
+def gradients(*operands, **options):
+    def objective(q, k, v, bias):
+        return jnp.sum(jnp.sin(attention(q, k, v, bias=bias, **options)))
+
+    argnums = (0, 1, 2) if operands[3] is None else (0, 1, 2, 3)
+    return jax.jit(jax.grad(objective, argnums))(*operands)
+
+
+def test_loop_has_the_same_gradients():
+    operands_and_bias = (*operands(), biases()["shared"])
+    for options in ({"mask": mask()}, {}):
+        expected = gradients(*operands_and_bias, backend="xla", **options)
+        for found, wanted in zip(gradients(*operands_and_bias, backend="loop", **options), expected):
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_a_sample_without_keys_stays_finite():
+    q, k, v = operands()
+    for backend in ("xla", "loop"):
+        assert np.isfinite(attention(q, k, v, mask=jnp.zeros((BATCH, KEYS), bool), backend=backend)).all()
+
+
+def test_half_precision_softmax_is_in_float32():
+    q, k, v = operands(dtype=jnp.bfloat16)
+    for backend in ("xla", "loop"):
+        found = attention(q, k, v, backend=backend)
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_allclose(found.astype(jnp.float32), by_hand(q, k, v, None, None, WIDTH**-0.5), atol=0.02)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_cudnn_is_called_with_the_same_meaning(monkeypatch, masked):
+    """No GPU here: JAX's own XLA form of the same function stands in for the kernel."""
+    plain = functools.partial(jax.nn.dot_product_attention)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **k: plain(*a, **k))
+    q, k, v = operands(dtype=jnp.bfloat16)
+    keep, bias = mask() if masked else None, biases()["each"]
+    found = attention(q, k, v, mask=keep, bias=bias, scale=0.7, backend="cudnn").astype(jnp.float32)
+    np.testing.assert_allclose(found, by_hand(q, k, v, keep, bias, 0.7), atol=0.03)
+
+
+def test_splash_in_interpretation():
+    q, k, v = operands(batch=2, queries=130, keys=150, heads=2, width=64)
+    keep = jnp.arange(150)[None] < jnp.array([[150], [100]])
+    expected = attention(q, k, v, mask=keep, backend="xla")
+    expected_gradients = gradients(q, k, v, None, mask=keep, backend="xla")
+    with pltpu.force_tpu_interpret_mode():
+        np.testing.assert_allclose(attention(q, k, v, mask=keep, backend="splash"), expected, atol=2e-5)
+        for found, wanted in zip(gradients(q, k, v, None, mask=keep, backend="splash"), expected_gradients):
+            np.testing.assert_allclose(found, wanted, atol=5e-5)
+
+
+def tpu_program(length, spec=None, mesh=None):
+    q, k, v = (jax.ShapeDtypeStruct((8, length, 2, 64), jnp.bfloat16) for _ in range(3))
+    with use_attention_backend("splash", spec=spec), jax.set_mesh(mesh) if mesh else use_attention_backend("splash"):
+        return jax.export.export(jax.jit(lambda *a: attention(*a)), platforms=["tpu"])(q, k, v).mlir_module()
+
+
+def test_long_sequences_take_the_kernel_on_a_tpu_and_short_ones_do_not():
+    assert "tpu_custom_call" in tpu_program(module.SPLASH_MIN_LENGTH + 333)
+    assert "tpu_custom_call" not in tpu_program(module.SPLASH_MIN_LENGTH - 1)
+
+
+def test_splash_runs_per_shard_of_a_mesh():
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+    spec = PartitionSpec("data", None, "tensor", None)
+    q, k, v = operands(batch=4, queries=130, keys=150, heads=2, width=64)
+    expected = attention(q, k, v, backend="xla")
+    with pltpu.force_tpu_interpret_mode(), use_attention_backend("splash", spec=spec), jax.set_mesh(mesh):
+        found = jax.jit(lambda *a: attention(*a, backend="splash"))(q, k, v)
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_preference_and_its_limits(monkeypatch):
+    used = []
+    for name in module._BACKENDS:
+        monkeypatch.setitem(module._BACKENDS, name, lambda *a, name=name: used.append(name))
+    q, k, v = operands()
+    attention(q, k, v)
+    with use_attention_backend("cudnn"):
+        attention(q, k, v)  # float32
+        attention(*operands(dtype=jnp.bfloat16))
+        attention(*operands(dtype=jnp.bfloat16, width=10))
+    with use_attention_backend("xla"):
+        attention(q, k, v)
+    attention(q, k, v)
+    assert used == ["loop", "xla", "cudnn", "xla", "xla", "loop"]
+
+
+def test_errors():
+    q, k, v = operands()
+    with pytest.raises(InputError, match="unknown attention backend 'flash'"):
+        attention(q, k, v, backend="flash")
+    with pytest.raises(InputError, match="unknown attention backend"), use_attention_backend("flash"):
+        pass
+    with pytest.raises(InputError, match="cannot take a bias"):
+        attention(q, k, v, bias=biases()["shared"], backend="splash")
+    with pytest.raises(InputError, match="cannot take float32 inputs"):
+        attention(q, k, v, backend="cudnn")

@@ -1,0 +1,108 @@
+"""A run that is killed or stopped and started again gives bit-identical losses; one that is not the same is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from dpir_jax.errors import InputError
+from dpir_jax.training.config import load_recipe
+from dpir_jax.training.loop import train
+from tests.toy_task import ToyTask
+
+RECIPE = "tests/toy_recipe.py:gan"
+ROOT = Path(__file__).parent.parent
+
+
+def recipe(*overrides):
+    return load_recipe(str(ROOT / "tests" / "toy_recipe.py") + ":gan", overrides)
+
+
+def lines(workdir):
+    timeless = ("seconds", "images_per_second")
+    with (workdir / "metrics.jsonl").open() as file:
+        return [{name: v for name, v in json.loads(line).items() if name not in timeless} for line in file]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    """Every run here compiles the same step: keep it on disk, for the subprocess too."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (folder, 0.5)):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of 6 steps that nothing disturbed, and its checkpoints of steps 3 and 6."""
+    workdir = tmp_path_factory.mktemp("whole")
+    assert train(recipe(), workdir, progress=False).reason == "done"
+    assert [line["step"] for line in lines(workdir)] == [1, 2, 3, 4, 5, 6]
+    return workdir
+
+
+def test_after_sigkill(whole, tmp_path, compiled_once):
+    command = [sys.executable, "-m", "dpir_jax.cli", "train", "--config", RECIPE, "--workdir", str(tmp_path)]
+    # A write waits for the one before it: when batch 5 is asked for, the checkpoint of step 3 at least is complete.
+    environment = os.environ | compiled_once | {"TOY_SIGNAL_AT_5": "SIGKILL"}
+    killed = subprocess.run([*command, "--config.checkpoint_every=1"], cwd=ROOT, env=environment, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    steps = [int(folder.name) for folder in (tmp_path / "checkpoints").iterdir() if folder.name.isdigit()]
+    assert 3 <= max(steps) < 6
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')  # cut short, as a kill may leave it
+    train(recipe(), tmp_path, progress=False)
+    assert lines(tmp_path) == lines(whole)
+
+
+def test_after_sigterm_and_time_limits(whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("TOY_SIGNAL_AT_2", "SIGTERM")  # batch 2 is fetched while step 2 runs
+    outcome = train(recipe(), tmp_path, progress=False)
+    assert (outcome.step, outcome.reason, outcome.signal) == (2, "SIGTERM", signal.SIGTERM)
+    monkeypatch.delenv("TOY_SIGNAL_AT_2")
+    outcome = train(recipe("--config.time_limit_minutes=1e-6"), tmp_path, progress=False)
+    assert (outcome.step, outcome.reason, outcome.signal) == (3, "time limit", None)
+    assert train(recipe(), tmp_path, progress=False).reason == "done"
+    assert lines(tmp_path) == lines(whole)
+    assert train(recipe(), tmp_path, progress=False).step == 6  # nothing left to do
+
+
+@pytest.mark.parametrize(
+    ("overrides", "task", "word"),
+    [
+        (["--config.learning_rate=1e-3"], None, r"config.learning_rate is 0.001, but .* has 0.01 at step 6"),
+        (["--config.task.width=8"], None, "config.task.width is 8"),
+        (["--config.data.size=16"], None, "config.data.size is 16"),
+        ([], ToyTask(width=8, adversarial=True), "another network: ema:net.blocks.down.bias"),
+        ([], ToyTask(teacher=8, adversarial=True), "other frozen weights"),
+    ],
+)
+def test_another_run_is_refused(whole, overrides, task, word):
+    before = lines(whole)
+    with pytest.raises(InputError, match=word):
+        train(recipe(*overrides), whole, task=task, progress=False)
+    assert lines(whole) == before
+
+
+def test_a_damaged_checkpoint_is_named(whole, tmp_path):
+    import shutil
+
+    shutil.copytree(whole, tmp_path / "run")
+    for path in (tmp_path / "run/checkpoints/6/state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(InputError, match="checkpoints/6 cannot be read"):
+        train(recipe("--config.steps=8"), tmp_path / "run", progress=False)
