@@ -30,28 +30,30 @@ def get_config(stage: str = "encoder") -> ConfigDict:
 
     picture = ConfigDict({"l1": 1.0, "lpips": 1.0, "adversarial": 0.0, "crop": 48, "stages": 3})
     picture.weights = config_dict.placeholder(str)
+    if stage != "encoder":
+        picture.adversarial = 0.1  # Real-ESRGAN's weight beside L1 and a perceptual loss of weight 1
     if stage in ("encoder", "control"):
         config.task_type = "dpir_jax.training.dpir_tasks:EncoderTask"
         config.task = ConfigDict({"system": "nano", "recipes": ("realesrgan", "light"), "picture": picture})
-        config.task.photos = PHOTOS
-        config.task.init_from = config_dict.placeholder(str)
         config.batch, config.steps, config.learning_rate = 12, 6000, 1e-3
         crop = global_crop = 96
+        if stage == "control":
+            config.learning_rate = 3e-4
     elif stage == "dit":
         config.task_type = "dpir_jax.training.dpir_tasks:DiTTask"
-        picture.adversarial = 0.02
         config.task = ConfigDict({"system": "nano", "recipes": ("realesrgan", "light"), "picture": picture})
-        config.task.photos = PHOTOS
-        config.task.init_from = config_dict.placeholder(str)
+        config.task.flow_weight = 0.1
         config.task.local_crop = 128
         config.task.prompt_dropout = 0.1
         config.task.train_prompts = True
-        config.task.description = "DPIR at a small size: 8 M parameters, for photos x4 on a CPU"
+        config.task.description = "DPIR at a small size, for photos x4 on a CPU"
         config.task.restore = {"steps": 4, "guidance": 1.0}
-        config.batch, config.steps, config.learning_rate = 8, 6000, 5e-4
+        config.batch, config.steps, config.learning_rate = 8, 4000, 1e-3
         crop, global_crop = 128, 160
     else:
         raise ValueError(f"stage is {stage!r}; it must be encoder, dit or control")
+    config.task.photos = PHOTOS
+    config.task.init_from = config_dict.placeholder(str)
     config.data = ConfigDict({"folders": PHOTOS, "local_crop": crop, "global_crop": global_crop})
     config.data.by_area, config.data.flips, config.data.rotations = True, True, True
     config.data.scale_jitter_prob = 0.3

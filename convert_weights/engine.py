@@ -6,137 +6,32 @@ the source only, and the tensor becomes that row of the leading axis of the targ
 
     Rule("blocks.{layer}.proj.weight", "blocks.proj.kernel", LINEAR)     # all layers into one stacked kernel
     Rule("down.{i}.norm.weight", "down.{i}.norm.scale")                  # one to one
+    Rule("qkv.weight", "q.kernel", LINEAR, part=(0, 3))                  # the first third of a fused tensor
     Rule("*.position_ids", None)                                         # known and not needed
 
 Targets are NNX paths joined by ".". Where two rules fill one target (old and new spellings of a checkpoint) either is
 read and the first is written.
+
+A table and the shapes of a checkpoint make a `Plan` before any weight is read: what goes where, what is left over, what
+is missing. Only then are tensors read, one at a time.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from convert_weights.layouts import CONV, IDENTITY, LINEAR, Transform
 from dpir_jax.errors import InputError
 
 M = TypeVar("M", bound=nnx.Module)
 Leaf = jax.ShapeDtypeStruct
-
-
-# --- layouts ---------------------------------------------------------------------------------------------------------
-
-
-class Transform(Protocol):
-    """A change of layout that loses nothing: `inverse(forward(x))` is `x`, bit for bit."""
-
-    def forward(self, array: np.ndarray) -> np.ndarray: ...
-
-    def inverse(self, array: np.ndarray) -> np.ndarray: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Permute:
-    """Axis `i` of the result is axis `axes[i]` of the PyTorch tensor."""
-
-    axes: tuple[int, ...]
-
-    def forward(self, array: np.ndarray) -> np.ndarray:
-        return array.transpose(self.axes)
-
-    def inverse(self, array: np.ndarray) -> np.ndarray:
-        return array.transpose(np.argsort(self.axes))
-
-
-@dataclasses.dataclass(frozen=True)
-class Reshape:
-    """`source` shape <-> `target` shape, row-major."""
-
-    source: tuple[int, ...]
-    target: tuple[int, ...]
-
-    def forward(self, array: np.ndarray) -> np.ndarray:
-        if array.shape != self.source:
-            raise ValueError(f"expected shape {self.source}")
-        return array.reshape(self.target)
-
-    def inverse(self, array: np.ndarray) -> np.ndarray:
-        return array.reshape(self.source)
-
-
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """The same layout on both sides."""
-
-    def forward(self, array: np.ndarray) -> np.ndarray:
-        return array
-
-    def inverse(self, array: np.ndarray) -> np.ndarray:
-        return array
-
-
-@dataclasses.dataclass(frozen=True)
-class SwapHalves:
-    """Exchanges the halves of the output axis (PyTorch's first): diffusers writes (scale, shift), we (shift, scale)."""
-
-    def forward(self, array: np.ndarray) -> np.ndarray:
-        first, second = np.split(array, 2)
-        return np.concatenate([second, first])
-
-    inverse = forward
-
-
-@dataclasses.dataclass(frozen=True)
-class Pointwise:
-    """A 1x1 convolution `[out, in, 1, 1]` <-> a linear kernel `[in, out]`."""
-
-    def forward(self, array: np.ndarray) -> np.ndarray:
-        if array.ndim != 4 or array.shape[2:] != (1, 1):
-            raise ValueError("expected a 1x1 convolution")
-        return array[:, :, 0, 0].T
-
-    def inverse(self, array: np.ndarray) -> np.ndarray:
-        return array.T[:, :, None, None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Patches:
-    """A convolution over separate patches `[out, in, p, p]` <-> a linear kernel `[p p in, out]`."""
-
-    size: int
-
-    def forward(self, array: np.ndarray) -> np.ndarray:
-        if array.ndim != 4 or array.shape[2:] != (self.size, self.size):
-            raise ValueError(f"expected a convolution of {self.size}x{self.size}")
-        return CONV.forward(array).reshape(-1, array.shape[0])
-
-    def inverse(self, array: np.ndarray) -> np.ndarray:
-        return CONV.inverse(array.reshape(self.size, self.size, -1, array.shape[1]))
-
-
-@dataclasses.dataclass(frozen=True)
-class Chain:
-    """Several transforms, first to last on the way in."""
-
-    steps: tuple[Transform, ...]
-
-    def forward(self, array: np.ndarray) -> np.ndarray:
-        return functools.reduce(lambda value, step: step.forward(value), self.steps, array)
-
-    def inverse(self, array: np.ndarray) -> np.ndarray:
-        return functools.reduce(lambda value, step: step.inverse(value), reversed(self.steps), array)
-
-
-IDENTITY = Identity()
-LINEAR = Permute((1, 0))  # (out, in) <-> [in, out]
-CONV = Permute((2, 3, 1, 0))  # OIHW <-> HWIO
-POINTWISE = Pointwise()
-ADALN_SWAP = SwapHalves()
+Shape = tuple[int, ...]
 
 
 # --- rules -----------------------------------------------------------------------------------------------------------
@@ -161,35 +56,31 @@ class Rule:
     Attributes:
       source: template of PyTorch keys; `*` (anything) only where `target` is None.
       target: template of NNX paths, or None: the key is known and left out on purpose.
-      transform: PyTorch layout <-> ours, of one layer.
+      transform: PyTorch layout <-> ours, of one layer and one part.
       layers: with `{layer}` in the source: the layers that this rule takes, in the order of the stack. None: all.
+      part: (i, n): the target is the i-th of n equal parts of the source's first axis. The rules of the other parts
+        have the same source.
+      tied: the key repeats what another one holds; it is read only where that one is absent, and never written.
+      constant: with `target` None: what the key holds, for writing it and for telling when a file disagrees.
     """
 
     source: str
     target: str | None
     transform: Transform = IDENTITY
     layers: range | None = None
+    part: tuple[int, int] | None = None
+    tied: bool = False
+    constant: Callable[[], np.ndarray] | None = None
 
     @property
     def stacked(self) -> bool:
         return self.target is not None and "{layer}" in self.source
 
-    def place(self, key: str) -> tuple[str | None, int | None] | None:
-        """Target path and place in the stack of a PyTorch key; None if the rule is not about it."""
-        match = _pattern(self.source).fullmatch(key)
-        if not match:
-            return None
-        if self.target is None:
-            return None, None
-        numbers = match.groupdict()
-        if not self.stacked:
-            return self.target.format(**numbers), None
-        layer = int(numbers["layer"])
-        if self.layers is None:
-            return self.target.format(**numbers), layer
-        return (self.target.format(**numbers), self.layers.index(layer)) if layer in self.layers else None
+    def ignores(self, key: str) -> bool:
+        """Whether this rule says that the key is not needed."""
+        return self.target is None and _pattern(self.source).fullmatch(key) is not None
 
-    def keys(self, path: str, shape: tuple[int, ...]) -> list[str] | None:
+    def keys(self, path: str, shape: Shape) -> list[str] | None:
         """PyTorch keys that fill the leaf `path` of this shape, in stack order; None if the rule is not about it."""
         match = _pattern(self.target).fullmatch(path) if self.target is not None else None
         if not match:
@@ -198,6 +89,20 @@ class Rule:
             return [self.source.format(**match.groupdict())]
         layers = range(shape[0]) if self.layers is None else self.layers
         return [self.source.format(**match.groupdict(), layer=layer) for layer in layers]
+
+    def torch_shape(self, shape: Shape) -> Shape:
+        """The shape of the source tensor whose part becomes an array of `shape` (one layer)."""
+        part = _inverse_shape(self.transform, shape)
+        return (part[0] * self.part[1], *part[1:]) if self.part else part
+
+    def read(self, tensor: np.ndarray) -> np.ndarray:
+        """The target's array (one layer) out of the source tensor."""
+        return self.transform.forward(np.split(tensor, self.part[1])[self.part[0]] if self.part else tensor)
+
+
+@functools.cache
+def _inverse_shape(transform: Transform, shape: Shape) -> Shape:
+    return transform.inverse(np.broadcast_to(np.int8(0), shape)).shape
 
 
 def linear(
@@ -219,12 +124,24 @@ def norm(source: str, target: str, *, bias: bool = True, layers: range | None = 
     return rules + ((Rule(f"{source}.bias", f"{target}.bias", IDENTITY, layers),) if bias else ())
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+def fused(
+    source: str, targets: Sequence[str], *, layers: range | None = None, names: tuple[str, str] = (".weight", ".bias")
+) -> tuple[Rule, ...]:
+    """Rules of several linear layers whose kernels and biases are stored one after the other as one."""
+    parts = [(target, (i, len(targets))) for i, target in enumerate(targets)]
+    weight, bias = (f"{source}{name}" for name in names)
+    return (
+        *(Rule(weight, f"{target}.kernel", LINEAR, layers, part) for target, part in parts),
+        *(Rule(bias, f"{target}.bias", IDENTITY, layers, part) for target, part in parts),
+    )
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What became of a checkpoint; all are PyTorch keys, `missing` with the path where no rule leads to a leaf."""
+    """What becomes of a checkpoint; all are PyTorch keys, `missing` with the path where no rule leads to a leaf."""
 
     loaded: tuple[str, ...]
     ignored: tuple[str, ...]
@@ -243,84 +160,91 @@ def _some(keys: Sequence[str], most: int = 3) -> str:
     return ", ".join(keys[:most]) + rest
 
 
-class Assembly:
-    """Takes PyTorch tensors one at a time, in any order, and hands back each target leaf as soon as it is whole.
+class Piece(NamedTuple):
+    """A PyTorch tensor, or a part of one, and its place: a leaf, or one layer of a stacked leaf."""
 
-    Only the stacks that are still filling are held in memory; `leaves` need not exist, shapes and dtypes suffice.
+    key: str
+    path: str
+    layer: int | None
+    rule: Rule
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What goes where. `pieces`: by leaf, in stack order."""
+
+    pieces: Mapping[str, tuple[Piece, ...]]
+    report: Report
+
+    def by_key(self) -> dict[str, list[Piece]]:
+        """The pieces of each PyTorch tensor, in the order of its parts."""
+        return _by_key(piece for pieces in self.pieces.values() for piece in pieces)
+
+
+def _by_key(pieces: Iterable[Piece]) -> dict[str, list[Piece]]:
+    grouped: dict[str, list[Piece]] = {}
+    for piece in pieces:
+        grouped.setdefault(piece.key, []).append(piece)
+    for parts in grouped.values():
+        parts.sort(key=lambda piece: piece.rule.part or (0, 1))
+    return grouped
+
+
+def plan(leaves: Mapping[str, Leaf], rules: Iterable[Rule], shapes: Mapping[str, Shape]) -> Plan:
+    """Finds a place for every tensor of a checkpoint.
+
+    Args:
+      leaves: the network's arrays by path.
+      rules: the family's table.
+      shapes: of the checkpoint's tensors, by PyTorch key.
+
+    Raises:
+      InputError: a tensor has the wrong shape, or two fill one place. Missing and unexpected keys are in the report.
     """
-
-    def __init__(self, leaves: Mapping[str, Leaf], rules: Iterable[Rule]):
-        self._leaves = dict(leaves)
-        self._rules = tuple(rules)
-        self._partial: dict[str, np.ndarray] = {}
-        self._filled: dict[str, dict[int | None, str]] = {}  # path -> place in the stack -> key
-        self._ignored: list[str] = []
-        self._unexpected: list[str] = []
-
-    def add(self, key: str, tensor: np.ndarray) -> tuple[str, np.ndarray] | None:
-        """Places one tensor; returns (path, array in the leaf's shape and dtype) when it completes a leaf.
-
-        Raises:
-          InputError: a shape that does not fit, a value that is not finite, or a place that is filled already.
-        """
-        rule, path, layer = self._find(key)
-        if rule is None or (path is not None and path not in self._leaves):
-            self._unexpected.append(key)
-            return None
-        if path is None:
-            self._ignored.append(key)
-            return None
-        leaf, filled = self._leaves[path], self._filled.setdefault(path, {})
-        if layer in filled:
-            raise InputError(f"{key} fills {path}, which {filled[layer]} has filled already")
-        if layer is not None and layer >= leaf.shape[0]:
-            self._unexpected.append(key)
-            return None
-        row = _fit(key, tensor, rule.transform, leaf.shape if layer is None else leaf.shape[1:], leaf.dtype)
-        filled[layer] = key
-        if layer is None:
-            return path, row
-        if path not in self._partial:
-            self._partial[path] = np.zeros(leaf.shape, leaf.dtype)
-        self._partial[path][layer] = row
-        return (path, self._partial.pop(path)) if len(filled) == leaf.shape[0] else None
-
-    def report(self) -> Report:
-        """The four sets so far."""
-        loaded = [key for filled in self._filled.values() for key in filled.values()]
-        missing = []
-        for path, leaf in self._leaves.items():
-            keys, filled = _keys(path, leaf, self._rules), self._filled.get(path, {})
-            if not keys:
-                missing.append(f"{path} (no rule)")
-            elif None not in filled:
-                missing += [key for layer, key in enumerate(keys) if layer not in filled]
-        return Report(tuple(loaded), tuple(self._ignored), tuple(self._unexpected), tuple(missing))
-
-    def _find(self, key: str) -> tuple[Rule | None, str | None, int | None]:
-        for rule in self._rules:
-            if place := rule.place(key):
-                return rule, *place
-        return None, None, None
+    rules = tuple(rules)
+    pieces, missing, used, repeated = {}, [], {}, set()
+    for path, leaf in leaves.items():
+        spellings = [(rule, keys) for rule in rules if (keys := rule.keys(path, leaf.shape))]
+        if not spellings:
+            missing.append(f"{path} (no rule)")
+            continue
+        found, absent = [], []
+        for row in range(len(spellings[0][1])):
+            there = [(rule, keys[row]) for rule, keys in spellings if keys[row] in shapes]
+            firm = [(rule, key) for rule, key in there if not rule.tied] or there[:1]
+            if len(firm) > 1:
+                raise InputError(f"{firm[1][1]} fills {path}, which {firm[0][1]} has filled already")
+            repeated.update(key for _, key in there if (key != firm[0][1]))
+            if not there:
+                absent.append([keys[row] for _, keys in spellings])
+            found += [Piece(key, path, row if rule.stacked else None, rule) for rule, key in firm]
+        for piece in found:
+            shape = leaf.shape if piece.layer is None else leaf.shape[1:]
+            wanted = piece.rule.torch_shape(shape)
+            if tuple(shapes[piece.key]) != wanted:
+                raise InputError(f"{piece.key} has shape {tuple(shapes[piece.key])}, the network needs {wanted}")
+            used[piece.key] = None
+        spelling = spellings.index(next((s for s in spellings if found and s[0] is found[0].rule), spellings[0]))
+        missing += [names[spelling] for names in absent]
+        pieces[path] = tuple(found)
+    rest = [key for key in shapes if key not in used]
+    ignored = [key for key in rest if key in repeated or any(rule.ignores(key) for rule in rules)]
+    unexpected = tuple(key for key in rest if key not in set(ignored))
+    missing = tuple(dict.fromkeys(missing))  # a fused tensor once
+    return Plan(pieces, Report(tuple(used), tuple(ignored), unexpected, missing))
 
 
-def _fit(key: str, tensor: np.ndarray, transform: Transform, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    try:
-        array = transform.forward(np.asarray(tensor))
-    except ValueError:  # the wrong number of axes
-        array = None
-    if array is None or array.shape != shape:
-        wanted = transform.inverse(np.broadcast_to(np.int8(0), shape)).shape
-        raise InputError(f"{key} has shape {tuple(tensor.shape)}, the network needs {wanted}")
-    with np.errstate(over="ignore"):
-        array = array.astype(dtype)
+def read_piece(piece: Piece, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """The piece's array in `dtype`.
+
+    Raises:
+      InputError: a value that is not finite, or becomes so in `dtype`.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        array = piece.rule.read(tensor).astype(dtype)
     if not np.isfinite(array).all():
-        raise InputError(f"{key} holds values that are not finite in {np.dtype(dtype).name}")
+        raise InputError(f"{piece.key} holds values that are not finite in {np.dtype(dtype).name}")
     return array
-
-
-def _keys(path: str, leaf: Leaf, rules: Iterable[Rule]) -> list[str] | None:
-    return next((keys for rule in rules if (keys := rule.keys(path, leaf.shape))), None)
 
 
 def leaves(module: nnx.Module) -> dict[str, Leaf]:
@@ -333,45 +257,88 @@ def _values(module: nnx.Module) -> Iterator[tuple[str, jax.Array | Leaf]]:
         yield ".".join(map(str, path)), variable.get_value()
 
 
-def load_into(module: M, tensors: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> M:
+# --- into a network --------------------------------------------------------------------------------------------------
+
+
+def load_into(
+    module: M,
+    tensors: Mapping[str, np.ndarray],
+    rules: Iterable[Rule],
+    shardings: Mapping[str, jax.sharding.Sharding] | None = None,
+) -> M:
     """A copy of `module` with the weights of a PyTorch state dict, in the module's shapes and dtypes.
+
+    One leaf is built on the host at a time, then placed; no tensor is read before all have been found to fit.
 
     Args:
       module: the network; shapes suffice: `nnx.eval_shape(lambda: Net(config, rngs=nnx.Rngs(0)))`.
-      tensors: PyTorch key -> array, taken one at a time.
+      tensors: PyTorch key -> array; with an attribute `shapes` (`readers.Source`) arrays are only read when needed.
       rules: the family's table.
+      shardings: where each leaf goes, by path; None: the default device.
 
     Raises:
       InputError: a key is missing or unexpected, or a tensor has the wrong shape, fills a place twice or is not finite.
     """
     graphdef, state = nnx.split(module)
-    assembly = Assembly(leaves(module), rules)
-    complete = {}
-    for key, tensor in tensors.items():
-        if whole := assembly.add(key, tensor):
-            complete[whole[0]] = jnp.asarray(whole[1])
-    assembly.report().check()
-    flat = [(path, variable.replace(complete[".".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)]
+    wanted = leaves(module)
+    shapes = getattr(tensors, "shapes", None) or {key: np.shape(tensor) for key, tensor in tensors.items()}
+    found = plan(wanted, rules, shapes)
+    found.report.check()
+    flat = []
+    for path, variable in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        array = assemble(found.pieces[name], tensors, wanted[name])
+        flat.append((path, variable.replace(jax.device_put(array, shardings[name] if shardings else None))))
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-# --- writing ---------------------------------------------------------------------------------------------------------
+def assemble(pieces: Sequence[Piece], tensors: Mapping[str, np.ndarray], leaf: Leaf) -> np.ndarray:
+    """One leaf out of all its pieces."""
+    if pieces[0].layer is None:
+        return np.ascontiguousarray(read_piece(pieces[0], np.asarray(tensors[pieces[0].key]), leaf.dtype))
+    array = np.zeros(leaf.shape, leaf.dtype)
+    for piece in pieces:
+        array[piece.layer] = read_piece(piece, np.asarray(tensors[piece.key]), leaf.dtype)
+    return array
 
 
-def export(module: nnx.Module, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
-    """The PyTorch state dict of a module: the same table read backwards, in the module's dtypes.
+# --- out of a network ------------------------------------------------------------------------------------------------
+
+
+def torch_pieces(leaves: Mapping[str, Leaf], rules: Iterable[Rule]) -> dict[str, list[Piece]]:
+    """The PyTorch tensors of a network: the same table read backwards.
 
     Raises:
       InputError: a parameter to which no rule leads, or two that would have one key.
     """
-    rules, tensors = tuple(rules), {}
-    for path, value in _values(module):
-        rule = next((rule for rule in rules if rule.keys(path, value.shape)), None)
+    rules, pieces = tuple(rule for rule in rules if not rule.tied), []
+    for path, leaf in leaves.items():
+        rule = next((rule for rule in rules if rule.keys(path, leaf.shape)), None)
         if rule is None:
             raise InputError(f"no rule of the table writes {path}")
-        array = np.asarray(value)
-        for key, row in zip(rule.keys(path, value.shape), array if rule.stacked else [array]):
-            if key in tensors:
-                raise InputError(f"two parameters would be written as {key}")
-            tensors[key] = np.ascontiguousarray(rule.transform.inverse(row))
-    return tensors
+        keys = rule.keys(path, leaf.shape)
+        pieces += [Piece(key, path, row if rule.stacked else None, rule) for row, key in enumerate(keys)]
+    grouped = _by_key(pieces)
+    for key, parts in grouped.items():
+        given = [part.rule.part or (0, 1) for part in parts]
+        if given != [(i, given[0][1]) for i in range(given[0][1])]:
+            raise InputError(f"two parameters would be written as {key}, or a part of it has none")
+    return grouped
+
+
+def torch_tensor(parts: Sequence[Piece], arrays: Mapping[str, np.ndarray]) -> np.ndarray:
+    """A PyTorch tensor out of the leaves that hold it, contiguous.
+
+    Args:
+      parts: its pieces, in order.
+      arrays: the leaves by path; only the layers that are needed are touched.
+    """
+    rows = [arrays[part.path] if part.layer is None else arrays[part.path][part.layer] for part in parts]
+    tensors = [part.rule.transform.inverse(np.asarray(row)) for part, row in zip(parts, rows)]
+    return np.ascontiguousarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors))
+
+
+def export(module: nnx.Module, rules: Iterable[Rule]) -> dict[str, np.ndarray]:
+    """The PyTorch state dict of a module's parameters, in the module's dtypes. Raises as `torch_pieces`."""
+    arrays = {path: np.asarray(value) for path, value in _values(module)}
+    return {key: torch_tensor(parts, arrays) for key, parts in torch_pieces(leaves(module), rules).items()}

@@ -136,10 +136,30 @@ def _restore(arguments: argparse.Namespace) -> int:
 def _add_degrade(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser("degrade", help="make low-quality pairs from good photos")
     verb.set_defaults(run=_degrade)
+    verb.add_argument("photos", metavar="HQ_FOLDER", help="good photos, searched recursively")
+    verb.add_argument("--out", required=True, metavar="DIR", help="for lq/, hq/ and parameters.json")
+    verb.add_argument(
+        "--recipe",
+        default="realesrgan",
+        metavar="NAME",
+        help="realesrgan (heavy, default), light or first_order (one blur, noise and JPEG)",
+    )
+    verb.add_argument("--scale", type=int, default=4, metavar="N", help="high over low resolution; default %(default)s")
+    verb.add_argument("--crop", type=int, metavar="N", help="use the central NxN pixels; default: the whole photo")
+    verb.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random; default %(default)s")
 
 
 def _degrade(arguments: argparse.Namespace) -> int:
-    raise InputError("degrade is not wired up yet")
+    from dpir_jax.data.pairs import degrade_folder
+    from dpir_jax.degradation import Recipe
+
+    recipe = Recipe.named(arguments.recipe, scale=arguments.scale)
+    settings = {"recipe": recipe, "crop": arguments.crop, "seed": arguments.seed}
+    report = degrade_folder(arguments.photos, arguments.out, progress=True, **settings)
+    for sentence in report.failed:
+        print(f"dpir: error: {sentence}", file=sys.stderr)
+    print(f"{len(report.written)} pairs in {arguments.out}")
+    return 2 if report.failed else 0
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

@@ -4,10 +4,11 @@ Keys are NNX paths joined by `.`; arrays are stored as the network holds them. T
 other file, so that a damaged download is found before its weights are used. Nothing in it is ever unpickled.
 """
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,6 +50,21 @@ def save_networks(
     Raises:
       InputError: `out` is something else, or cannot be written.
     """
+    with new_folder(out) as folder:
+        for name, network in networks.items():
+            arrays = {key: _stored(variable.get_value(), dtype) for key, variable in named_variables(network).items()}
+            save_file(arrays, folder / f"{name}.safetensors")
+        write_json(folder / "config.json", dict(config))
+    return Path(out).absolute()
+
+
+@contextlib.contextmanager
+def new_folder(out: str | os.PathLike) -> Iterator[Path]:
+    """Yields an empty folder; on success it gets its `manifest.json` and the name `out`, on failure it is removed.
+
+    Raises:
+      InputError: `out` is neither absent, empty nor a folder with a manifest (which is replaced), or cannot be written.
+    """
     out = Path(out).absolute()
     if out.exists() and not (out / "manifest.json").is_file() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and is not a model folder; choose another place")
@@ -61,12 +77,9 @@ def save_networks(
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o777 & ~umask)  # mkdtemp makes private folders
-        for name, network in networks.items():
-            arrays = {key: _stored(variable.get_value(), dtype) for key, variable in named_variables(network).items()}
-            save_file(arrays, temporary / f"{name}.safetensors")
-        write_json(temporary / "config.json", dict(config))
-        files = {path.name: sha256(path) for path in sorted(temporary.iterdir())}
-        write_json(temporary / "manifest.json", {"sha256": files})
+        yield temporary
+        paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+        write_json(temporary / "manifest.json", {"sha256": {str(p.relative_to(temporary)): sha256(p) for p in paths}})
         if out.exists():  # the only moment at which neither is in place: between two renames
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))
             os.replace(out, old)
@@ -78,7 +91,6 @@ def save_networks(
         raise InputError(f"cannot write {out}: {error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return out
 
 
 def read_config(folder: str | os.PathLike) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class Fixture:
 
     def tolerance(self, name: str) -> dict[str, float]:
         """`{"atol": ..., "rtol": ...}` parsed from the file's own words for `name`."""
-        text = self.meta["tolerance"][name]
+        text = (self.meta.get("tolerance") or self.meta["tolerances"])[name]
         found = {kind: float(value) for kind, value in re.findall(r"(atol|rtol) ([0-9.e+-]*[0-9])", text)}
         if not found:
             raise ValueError(f"{self.name}: no numbers in the tolerance of {name!r}: {text!r}")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from convert_weights.engine import Assembly, Rule, leaves
+from convert_weights.engine import Rule, leaves, torch_pieces
 
 
 def random_network(make: Callable[[], nnx.Module], seed: int = 0) -> nnx.Module:
@@ -27,7 +27,7 @@ def parameter_count(make: Callable[[], nnx.Module]) -> int:
 
 def published_keys(make: Callable[[], nnx.Module], rules: Iterable[Rule]) -> tuple[str, ...]:
     """The PyTorch keys that a table wants for a network."""
-    return Assembly(leaves(nnx.eval_shape(make)), rules).report().missing
+    return tuple(torch_pieces(leaves(nnx.eval_shape(make)), rules))
 
 
 def check_axes(make: Callable[[], nnx.Module]) -> None:
@@ -42,3 +42,8 @@ def assert_same_tensors(got: dict[str, np.ndarray], expected: dict[str, np.ndarr
     for key, value in got.items():
         assert value.dtype == expected[key].dtype
         np.testing.assert_array_equal(value, expected[key], err_msg=key)
+
+
+def quick_jit(function: Callable) -> Callable:
+    """`jax.jit` for a network of many different layers that runs once or twice: compiled in half the time, runs slower."""
+    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})

@@ -19,19 +19,19 @@ ALLOWED = {
     "models": set(),
     "diffusion": set(),
     "degradation": set(),
-    "data": set(),
+    "data": {"degradation"},
     "metrics": set(),
     "parallel": {"models"},
     "pretrained": set(),
-    "systems": {"models", "diffusion"},
-    "model_folder": {"systems", "models", "pretrained"},
+    "model_folder": set(),
+    "systems": {"models", "diffusion", "model_folder"},
     "restore": {"systems", "models", "diffusion", "parallel", "model_folder", "pretrained"},
     "training": {
         *("systems", "models", "diffusion", "parallel", "model_folder", "pretrained"),
         *("data", "degradation", "metrics"),
     },
 }
-TOP = {"cli", "demo"}  # these may import everything
+TOP = {"cli", "demo", "__main__"}  # these may import everything
 HEAVY = {"torch", "tensorflow", "diffusers", "tensorflow_datasets", "transformers"}
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import AxisType, PartitionSpec
 
 from dpir_jax.errors import InputError
@@ -92,7 +92,7 @@ def test_half_precision_softmax_is_in_float32():
 @pytest.mark.parametrize("masked", [False, True])
 def test_cudnn_is_called_with_the_same_meaning(monkeypatch, masked):
     """No GPU here: JAX's own XLA form of the same function stands in for the kernel."""
-    plain = functools.partial(jax.nn.dot_product_attention)
+    plain = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **k: plain(*a, **k))
     q, k, v = operands(dtype=jnp.bfloat16)
     keep, bias = mask() if masked else None, biases()["each"]
@@ -100,20 +100,31 @@ def test_cudnn_is_called_with_the_same_meaning(monkeypatch, masked):
     np.testing.assert_allclose(found, by_hand(q, k, v, keep, bias, 0.7), atol=0.03)
 
 
-def test_splash_in_interpretation():
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Runs the TPU kernel's program on the CPU."""
+    make = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", make)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_splash_values_and_gradients():
     q, k, v = operands(batch=2, queries=130, keys=150, heads=2, width=64)
     keep = jnp.arange(150)[None] < jnp.array([[150], [100]])
-    expected = attention(q, k, v, mask=keep, backend="xla")
-    expected_gradients = gradients(q, k, v, None, mask=keep, backend="xla")
-    with pltpu.force_tpu_interpret_mode():
-        np.testing.assert_allclose(attention(q, k, v, mask=keep, backend="splash"), expected, atol=2e-5)
-        for found, wanted in zip(gradients(q, k, v, None, mask=keep, backend="splash"), expected_gradients):
-            np.testing.assert_allclose(found, wanted, atol=5e-5)
+
+    def objective(operands, backend):
+        out = attention(*operands, mask=keep, backend=backend)
+        return jnp.sum(jnp.sin(out)), out
+
+    differentiate = jax.jit(jax.grad(objective, has_aux=True), static_argnums=1)
+    found, expected = (differentiate((q, k, v), backend) for backend in ("splash", "xla"))
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(one, other, atol=5e-5)
 
 
-def tpu_program(length, spec=None, mesh=None):
-    q, k, v = (jax.ShapeDtypeStruct((8, length, 2, 64), jnp.bfloat16) for _ in range(3))
-    with use_attention_backend("splash", spec=spec), jax.set_mesh(mesh) if mesh else use_attention_backend("splash"):
+def tpu_program(length):
+    q, k, v = (jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16) for _ in range(3))
+    with use_attention_backend("splash"):
         return jax.export.export(jax.jit(lambda *a: attention(*a)), platforms=["tpu"])(q, k, v).mlir_module()
 
 
@@ -122,12 +133,13 @@ def test_long_sequences_take_the_kernel_on_a_tpu_and_short_ones_do_not():
     assert "tpu_custom_call" not in tpu_program(module.SPLASH_MIN_LENGTH - 1)
 
 
+@pytest.mark.usefixtures("interpreted")
 def test_splash_runs_per_shard_of_a_mesh():
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
     spec = PartitionSpec("data", None, "tensor", None)
     q, k, v = operands(batch=4, queries=130, keys=150, heads=2, width=64)
     expected = attention(q, k, v, backend="xla")
-    with pltpu.force_tpu_interpret_mode(), use_attention_backend("splash", spec=spec), jax.set_mesh(mesh):
+    with use_attention_backend("splash", spec=spec), jax.set_mesh(mesh):
         found = jax.jit(lambda *a: attention(*a, backend="splash"))(q, k, v)
     np.testing.assert_allclose(found, expected, atol=2e-5)
 

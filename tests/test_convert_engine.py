@@ -1,28 +1,14 @@
 """The converter: rules in both directions, and every fault of a checkpoint named."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from convert_weights.engine import (
-    ADALN_SWAP,
-    CONV,
-    IDENTITY,
-    LINEAR,
-    POINTWISE,
-    Assembly,
-    Chain,
-    Patches,
-    Permute,
-    Reshape,
-    Rule,
-    export,
-    leaves,
-    linear,
-    load_into,
-    norm,
-)
+from convert_weights.engine import Rule, export, fused, leaves, linear, load_into, norm, plan
+from convert_weights.layouts import ADALN_SWAP, CONV, IDENTITY, LINEAR, POINTWISE, Chain, Patches, Permute, Reshape
 from dpir_jax.errors import InputError
 from dpir_jax.models.layers import dense, layer_norm, stack
 
@@ -115,19 +101,58 @@ def test_two_spellings_are_read_and_the_first_is_written(tensors):
     assert export(load_into(abstract(), old, RULES), RULES).keys() == tensors.keys()
 
 
-def test_leaves_come_out_when_whole_in_any_order(tensors):
-    assembly = Assembly(leaves(abstract()), RULES)
-    order = [f"layers.{i}.fc.weight" for i in (3, 0, 1, 2)]
-    done = [assembly.add(key, tensors[key]) for key in order]
-    assert [whole and whole[0] for whole in done] == [None, "early.kernel", None, "late.kernel"]
-    np.testing.assert_array_equal(done[-1][1][2], tensors["layers.3.fc.weight"].T)
-    assembly.add("text.position_ids", np.arange(3))
-    assembly.add("stranger", np.zeros(1))
-    report = assembly.report()
-    assert set(report.loaded) == set(order)
+def test_a_plan_needs_only_shapes(tensors):
+    shapes = {key: tensor.shape for key, tensor in tensors.items()} | {"text.position_ids": (3,), "stranger": (1,)}
+    del shapes["layers.2.fc.bias"]
+    found = plan(leaves(abstract()), RULES, shapes)
+    assert [piece.key for piece in found.pieces["late.kernel"]] == [f"layers.{i}.fc.weight" for i in (1, 2, 3)]
+    report = found.report
+    assert set(report.loaded) == set(tensors) - {"layers.2.fc.bias"}
     assert report.ignored == ("text.position_ids",)
     assert report.unexpected == ("stranger",)
-    assert set(report.missing) == set(tensors) - set(order)
+    assert report.missing == ("layers.2.fc.bias",)
+
+
+class Two(nnx.Module):
+    """Two linear layers that a checkpoint keeps as one, and a table that it keeps twice."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.a, self.b = dense(3, 4, "df", rngs=rngs), dense(3, 4, "df", rngs=rngs)
+        self.table = nnx.Param(jnp.zeros((2, 2)), axes="__")
+
+
+TWO = (*fused("ab", ["a", "b"]), Rule("table", "table"), Rule("copy", "table", tied=True))
+
+
+@pytest.mark.parametrize("names", [("table",), ("copy",), ("copy", "table")])
+def test_fused_and_tied_tensors(names):
+    rng = np.random.default_rng(0)
+    shapes = {"ab.weight": (8, 3), "ab.bias": (8,)} | {name: (2, 2) for name in names}
+    given = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
+    net = load_into(nnx.eval_shape(lambda: Two(rngs=nnx.Rngs(0))), given, TWO)
+    np.testing.assert_array_equal(net.b.kernel, given["ab.weight"][4:].T)
+    np.testing.assert_array_equal(net.a.bias, given["ab.bias"][:4])
+    written = export(net, TWO)
+    assert written.keys() == {"ab.weight", "ab.bias", "table"}
+    np.testing.assert_array_equal(written["ab.weight"], given["ab.weight"])
+    np.testing.assert_array_equal(written["table"], given[names[-1]])
+
+
+def test_a_fused_tensor_is_named_once():
+    with pytest.raises(InputError, match=r"missing ab\.bias, ab\.weight, table$"):
+        load_into(nnx.eval_shape(lambda: Two(rngs=nnx.Rngs(0))), {}, TWO)
+    with pytest.raises(InputError, match="a part of it has none"):
+        export(Two(rngs=nnx.Rngs(0)), [rule for rule in TWO if rule.part != (1, 2)] + list(linear("b", "b")))
+
+
+def test_leaves_are_placed_where_they_are_wanted(tensors):
+    mesh = jax.make_mesh((4,), ("fsdp",), axis_types=(AxisType.Auto,))
+    cut = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
+    whole = NamedSharding(mesh, PartitionSpec())
+    net = load_into(abstract(), tensors, RULES, {p: cut if p == "late.kernel" else whole for p in leaves(abstract())})
+    assert net.late.kernel[...].sharding == cut
+    assert net.norm.scale[...].sharding == whole
+    np.testing.assert_array_equal(net.late.kernel[1], tensors["layers.2.fc.weight"].T)
 
 
 def without(key):

@@ -242,8 +242,8 @@ def test_a_tile_store_moves_to_disk_and_gives_back_what_it_got():
 def test_memory_hardly_grows_with_the_photo():
     code = (
         "import sys, numpy as np, resource; from tests.fake_system import FakeSystem\n"
-        "from dpir_jax.restore import Restorer; side = int(sys.argv[1]); photo = np.full((side, side, 3), 99, np.uint8)\n"
-        "Restorer(FakeSystem(tile=64))(photo, scale=1, steps=2)\n"
+        "from dpir_jax.restore import Restorer; side = int(sys.argv[1])\n"
+        "Restorer(FakeSystem(tile=64))(np.full((side, side, 3), 99, np.uint8), scale=1, steps=2)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     peaks = [

@@ -83,7 +83,7 @@ def test_a_mesh_that_does_not_fit_the_devices(config, word):
 
 
 def test_a_batch_that_the_mesh_does_not_divide():
-    with pytest.raises(InputError, match="batch is 12.*multiple of 8"):
+    with pytest.raises(InputError, match=r"batch is 12.*multiple of 8"):
         check_batch(12, make_mesh(MeshConfig(2, 4)))
 
 

@@ -13,7 +13,6 @@ from dpir_jax.cli import main
 from dpir_jax.errors import InputError
 from dpir_jax.model_folder import load_network
 from dpir_jax.parallel.mesh import make_mesh
-from dpir_jax.parallel.sharding import put_batch
 from dpir_jax.training.config import Recipe, TrainConfig, load_recipe
 from dpir_jax.training.logging import truncate, write_sheet
 from dpir_jax.training.state import init_state, schedule
@@ -82,9 +81,9 @@ def test_bad_recipes(tmp_path, capsys):
             load_recipe(str(bad))
     with pytest.raises(InputError, match="there is no stage 'x'"):
         load_recipe(RECIPE + ":x")
-    with pytest.raises(InputError, match="config.data does not fit counter"):
-        recipe = load_recipe(RECIPE)
-        recipe.data.colour = "red"
+    recipe = load_recipe(RECIPE)
+    recipe.data.colour = "red"
+    with pytest.raises(InputError, match=r"config.data does not fit counter"):
         recipe.build_data()
     assert main(["train", "--config", "configs/none.py", "--workdir", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "dpir: error: there is no recipe configs/none.py\n"
@@ -157,7 +156,7 @@ def test_overlapping_or_empty_groups_are_errors():
         trainable = nnx.Nothing()
 
     config, mesh = TrainConfig(steps=1, batch=1, learning_rate=1e-3), make_mesh(devices=jax.devices()[:1])
-    with pytest.raises(ValueError, match="critic.bias is in task.trainable and in task.adversary"):
+    with pytest.raises(ValueError, match=r"critic.bias is in task.trainable and in task.adversary"):
         init_state(Both(adversarial=True), config, mesh)
     with pytest.raises(ValueError, match="selects no parameter"):
         init_state(Nothing(), config, mesh)

@@ -17,7 +17,16 @@ from jaxtyping import Array, Float, Key
 
 from dpir_jax.degradation.blur import filter2d, sharpen
 from dpir_jax.degradation.jpeg import jpeg
-from dpir_jax.degradation.noise import POISSON, gaussian_noise, poisson, poisson_noise, poisson_rate, round_to_8_bit
+from dpir_jax.degradation.noise import (
+    POISSON,
+    gaussian_noise,
+    normal_quantile,
+    poisson_noise,
+    poisson_quantile,
+    poisson_rate,
+    round_to_8_bit,
+    uniform_numbers,
+)
 from dpir_jax.degradation.plan import Blur, Plan, StagePlan, draw_plan
 from dpir_jax.degradation.recipe import Recipe
 from dpir_jax.degradation.resize import resample, resize_matrices
@@ -83,10 +92,8 @@ def _first_stage(plan: Plan, planes: Planes, size_out: Size, canvas_out: tuple[i
     first, second = plan.first, plan.second
     high = planes.shape[1:]
     size = tuple(_scaled(side, first.resize_scale) for side in high)
-    top = max(1.0, recipe.first.resize_range[1])
-    largest = _canvas(high, top)
-    smaller = (_canvas(high, ratio) for ratio in _CANVASES if ratio < top)
-    canvases = sorted({largest} | {canvas for canvas in smaller if max(canvas) >= _SMALL})
+    canvases = first_canvases(high, recipe)
+    largest = canvases[-1]
     rows, columns = resize_matrices(first.resize_mode, high, size, high, largest, first.resize_scale)
     rows2, columns2 = resize_matrices(second.resize_mode, size, size_out, largest, canvas_out)
 
@@ -110,18 +117,29 @@ def _noisy(planes: Planes, stage: StagePlan, size: Size) -> Planes:
     height, width = planes.shape[1:]
     inside = (jnp.arange(height)[:, None] < size[0]) & (jnp.arange(width) < size[1])
 
+    uniform = uniform_numbers(stage.noise_key, planes.shape)
+    normal = normal_quantile(uniform)
+
     def gaussian() -> Planes:
-        return gaussian_noise(stage.noise_strength, stage.noise_grey, jax.random.normal(stage.noise_key, planes.shape))
+        return gaussian_noise(stage.noise_strength, stage.noise_grey, normal)
 
     def shot() -> Planes:
         rate, levels = poisson_rate(planes, stage.noise_grey, inside)
-        return poisson_noise(stage.noise_strength, stage.noise_grey, poisson(stage.noise_key, rate), rate, levels)
+        counts = poisson_quantile(uniform, normal, rate)
+        return poisson_noise(stage.noise_strength, stage.noise_grey, counts, rate, levels)
 
     return jnp.clip(planes + jax.lax.cond(stage.noise == POISSON, shot, gaussian), 0, 1)
 
 
 def _scaled(side: float, scale: Float[Array, ""]) -> jax.Array:
     return jnp.maximum(jnp.floor(side * scale).astype(jnp.int32), 1)
+
+
+def first_canvases(size: tuple[int, int], recipe: Recipe) -> list[tuple[int, int]]:
+    """The canvases for what resize 1 makes of a picture of `size`, smallest first; the first that holds it is used."""
+    top = max(1.0, recipe.first.resize_range[1])
+    smaller = (_canvas(size, ratio) for ratio in _CANVASES if ratio < top)
+    return sorted({_canvas(size, top)} | {canvas for canvas in smaller if max(canvas) >= _SMALL})
 
 
 def _canvas(size: tuple[int, int], ratio: float) -> tuple[int, int]:

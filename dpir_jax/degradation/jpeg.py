@@ -1,12 +1,14 @@
 """JPEG without its entropy coder: everything in a JPEG file that loses information (BasicSR `diffjpeg.py`).
 
-YCbCr (JFIF), chroma halved by 2x2 means, 8x8 DCT-II, division by the quantisation table, rounding, and back. The
-published code differs from libjpeg in three ways that are kept here: borders are padded with zeros to a multiple of 16,
-tables are scaled by the real-valued quality without rounding, and pixels are not rounded to 8 bits. It also transposes
-the luma table by mistake: that is table="published"; "standard" is the table of the standard (ITU T.81, Annex K).
+YCbCr (JFIF), chroma halved by 2x2 means, 8x8 DCT-II, division by the quantisation table, rounding, and back. Tables:
+
+    published   as shipped: luma table transposed by mistake, tables scaled without rounding, zeros beyond the border
+    standard    the same with the luma table of the standard (ITU T.81, Annex K)
+    libjpeg     what most files are: standard, tables of whole numbers in 1..255, the border repeated outwards, chroma
+                enlarged by the triangle filter; only roundings to 8 bits between the steps are left out
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from dpir_jax.degradation.blur import HIGHEST
 
-Table = Literal["published", "standard"]
+Table = Literal["published", "standard", "libjpeg"]
+TABLES = get_args(Table)
 _LUMA = np.array(
     [
         [16, 11, 10, 16, 24, 40, 51, 61],
@@ -49,12 +52,17 @@ def jpeg(
 
     `quality` is real-valued, (0, 100). `differentiable` replaces rounding by round(x) + (x - round(x))^3.
     """
+    libjpeg = table == "libjpeg"
     canvas = planes.shape[1:]
-    if height is not None:
-        inside = (jnp.arange(canvas[0])[:, None] < height) & (jnp.arange(canvas[1]) < width)
-        planes = jnp.where(inside, planes, 0)
-    rows, columns = (-side % 16 for side in canvas)
-    red, green, blue = jnp.pad(planes, ((0, 0), (0, rows), (0, columns))) * 255
+    padded = [side + -side % 16 for side in canvas]
+    size = canvas if height is None else (height, width)
+    if libjpeg:
+        for axis in (0, 1):
+            planes = jnp.take(planes, jnp.minimum(np.arange(padded[axis]), size[axis] - 1), axis=axis + 1)
+    else:
+        planes = jnp.pad(planes, [(0, 0)] + [(0, after - before) for before, after in zip(canvas, padded)])
+        planes = jnp.where((np.arange(padded[0])[:, None] < size[0]) & (np.arange(padded[1]) < size[1]), planes, 0)
+    red, green, blue = planes * 255
 
     luma = 0.299 * red + 0.587 * green + 0.114 * blue
     blocks = [_blocks(luma - 128)]
@@ -65,7 +73,8 @@ def jpeg(
 
     tables = np.stack([_LUMA.T if table == "published" else _LUMA, _CHROMA, _CHROMA]).reshape(3, 64)
     factor = jnp.where(quality < 50, 50 / quality, 2 - quality / 50)
-    divisor = np.repeat(tables, counts, axis=0) * factor
+    tables = jnp.clip(jnp.floor(tables * factor + 0.5), 1, 255) if libjpeg else tables * factor
+    divisor = jnp.repeat(tables, np.array(counts), axis=0, total_repeat_length=sum(counts))
     coefficients = jnp.matmul(jnp.concatenate(blocks), _DCT2.T, precision=HIGHEST) / divisor
     rounded = jnp.round(coefficients)
     if differentiable:
@@ -74,8 +83,9 @@ def jpeg(
 
     shape = luma.shape
     luma = _unblocked(decoded[0], shape) + 128
+    enlarged = _interpolated if libjpeg else _doubled
     blue_difference, red_difference = (
-        _doubled(_unblocked(part, (shape[0] // 2, shape[1] // 2))) for part in decoded[1:]
+        enlarged(_unblocked(part, (shape[0] // 2, shape[1] // 2))) for part in decoded[1:]
     )
     red = luma + 1.402 * red_difference
     green = luma - 0.344136 * blue_difference - 0.714136 * red_difference
@@ -91,6 +101,16 @@ def _halved(plane: Float[Array, "H W"]) -> Float[Array, "H/2 W/2"]:
 
 def _doubled(plane: Float[Array, "H W"]) -> Float[Array, "2*H 2*W"]:
     return jnp.repeat(jnp.repeat(plane, 2, 0), 2, 1)
+
+
+def _interpolated(plane: Float[Array, "H W"]) -> Float[Array, "2*H 2*W"]:
+    for axis in (0, 1):
+        index = np.arange(plane.shape[axis])
+        before = jnp.take(plane, np.maximum(index - 1, 0), axis=axis)
+        after = jnp.take(plane, np.minimum(index + 1, index[-1]), axis=axis)
+        pairs = jnp.stack([0.75 * plane + 0.25 * before, 0.75 * plane + 0.25 * after], axis + 1)
+        plane = pairs.reshape([side * (1 + (i == axis)) for i, side in enumerate(plane.shape)])
+    return plane
 
 
 def _blocks(plane: Float[Array, "H W"]) -> Float[Array, "N 64"]:

@@ -71,21 +71,23 @@ def draw_plan(key: Key[Array, ""], recipe: Recipe, batch: int, height: int, widt
 
 def _draw(recipe: Recipe, key: Key[Array, ""]) -> Plan:
     draws = _Draws(key)
-    return Plan(
+    plan = Plan(
         first=None if recipe.first is None else _draw_stage(recipe.first, draws),
         second=_draw_stage(recipe.second, draws),
         resize_mode=draws.integer(len(MODES)),
         sinc=_draw_final_sinc(recipe.final_sinc_prob, draws),
         jpeg_last=draws.chance(0.5),
     )
+    return _with_kernels(plan)
 
 
 class _Draws:
-    """One sample's random numbers, dealt in order; one call makes them all, because many calls compile slowly."""
+    """One sample's random numbers and keys, dealt in order; drawn at once, because many calls compile slowly."""
 
     def __init__(self, key: Key[Array, ""]) -> None:
-        self.key = key
+        key, *keys = jax.random.split(key, 3)
         self.uniforms = iter(jax.random.uniform(key, (64,)))
+        self.keys = iter(keys)
 
     def chance(self, probability: float) -> Bool[Array, ""]:
         return next(self.uniforms) < probability
@@ -99,10 +101,6 @@ class _Draws:
     def choice(self, probabilities: tuple[float, ...]) -> Int[Array, ""]:
         edges = np.cumsum(probabilities)[:-1].astype(np.float32)
         return (next(self.uniforms) >= edges).sum().astype(jnp.int32)
-
-    def new_key(self) -> Key[Array, ""]:
-        self.key = jax.random.fold_in(self.key, 1)
-        return self.key
 
 
 def _draw_stage(stage: Stage, draws: _Draws) -> StagePlan:
@@ -118,7 +116,7 @@ def _draw_stage(stage: Stage, draws: _Draws) -> StagePlan:
         noise=poisson.astype(jnp.int32),
         noise_strength=draws.between(*strengths),
         noise_grey=draws.chance(stage.grey_prob),
-        noise_key=draws.new_key(),
+        noise_key=next(draws.keys),
         quality=draws.between(*stage.jpeg_quality),
     )
 
@@ -131,7 +129,8 @@ def _draw_blur(stage: Stage, draws: _Draws) -> Blur:
     sigma_x = draws.between(*stage.sigma)
     # the shape's range is split at 1: half of the draws below, half above
     bounds = jnp.array([(1.0, 1.0), stage.beta_generalized, stage.beta_plateau, (1.0, 1.0)])[family]
-    return _blur(
+    return Blur(
+        kernel=None,  # see _with_kernels
         applied=draws.chance(stage.blur_prob),
         family=family,
         size=size,
@@ -145,7 +144,8 @@ def _draw_blur(stage: Stage, draws: _Draws) -> Blur:
 
 def _draw_final_sinc(probability: float, draws: _Draws) -> Blur:
     unused = jnp.ones(())
-    return _blur(
+    return Blur(
+        kernel=None,  # see _with_kernels
         applied=draws.chance(probability),
         family=jnp.int32(kernels.SINC),
         size=7 + 2 * draws.integer(8),
@@ -157,12 +157,18 @@ def _draw_final_sinc(probability: float, draws: _Draws) -> Blur:
     )
 
 
-def _blur(applied: Bool[Array, ""], family: Int[Array, ""], size: Int[Array, ""], **shape: Float[Array, ""]) -> Blur:
-    sinc = kernels.sinc_kernel(size, shape["cutoff"])
+def _with_kernels(plan: Plan) -> Plan:
+    """Fills in all kernels at once: the formulas compile once, not once per blur."""
+    blurs, rest = jax.tree.flatten(plan, is_leaf=lambda node: isinstance(node, Blur))
+    at = [i for i, node in enumerate(blurs) if isinstance(node, Blur)]
+    drawn = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blurs[i] for i in at))
     gaussian = kernels.gaussian_kernel(
-        size, shape["sigma_x"], shape["sigma_y"], shape["theta"], shape["beta"], family == kernels.PLATEAU
+        drawn.size, drawn.sigma_x, drawn.sigma_y, drawn.theta, drawn.beta, drawn.family == kernels.PLATEAU
     )
-    return Blur(applied, jnp.where(family == kernels.SINC, sinc, gaussian), family, size, **shape)
+    sinc = kernels.sinc_kernel(drawn.size, drawn.cutoff)
+    for i, kernel in zip(at, jnp.where((drawn.family == kernels.SINC)[:, None, None], sinc, gaussian)):
+        blurs[i] = dataclasses.replace(blurs[i], kernel=kernel)
+    return jax.tree.unflatten(rest, blurs)
 
 
 # --- the record ------------------------------------------------------------------------------------------------------

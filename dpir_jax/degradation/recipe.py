@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from dpir_jax.degradation.jpeg import Table
+from dpir_jax.degradation.jpeg import TABLES, Table
 from dpir_jax.errors import InputError
 
 Range = tuple[float, float]
@@ -37,7 +37,7 @@ class Recipe:
       final_sinc_prob: probability that the last filter is a sinc (else nothing).
       scale: the high resolution over the low one.
       usm: whether the picture is sharpened before it is degraded (the pair's target may be `sharpen(hq)` too).
-      jpeg_table: "published" keeps the transposed luma table of the public code, "standard" is the JPEG standard's.
+      jpeg_table: "published", "standard" or "libjpeg"; see `dpir_jax.degradation.jpeg`.
     """
 
     first: Stage | None
@@ -50,8 +50,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.scale < 1:
             raise InputError(f"scale must be at least 1, not {self.scale}")
-        if self.jpeg_table not in ("published", "standard"):
-            raise InputError(f"jpeg_table must be 'published' or 'standard', not {self.jpeg_table!r}")
+        if self.jpeg_table not in TABLES:
+            raise InputError(f"jpeg_table must be one of {', '.join(TABLES)}, not {self.jpeg_table!r}")
 
     @classmethod
     def realesrgan(cls, **changes: object) -> "Recipe":

@@ -30,15 +30,26 @@ def weight_path(name: str, folder: str | os.PathLike | None = None) -> Path:
     )
 
 
+class _Arrays(dict):
+    """The content of a weight file; asking for an array that it lacks is the user's error."""
+
+    path: Path
+
+    def __missing__(self, key: str) -> np.ndarray:
+        raise InputError(f"{self.path} holds no array {key}: it is not the file of that name")
+
+
 def read_weights(name: str, folder: str | os.PathLike | None = None) -> dict[str, np.ndarray]:
     """The arrays of a weight file, half precision widened to float32.
 
     Raises:
-      InputError: the file is missing or damaged.
+      InputError: the file is missing or damaged, or later: an array is asked for that it lacks.
     """
     path = weight_path(name, folder)
     try:
         arrays = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is not a readable safetensors file: {error}") from error
-    return {key: array.astype(np.float32) if array.dtype == np.float16 else array for key, array in arrays.items()}
+    widened = _Arrays((key, a.astype(np.float32) if a.dtype == np.float16 else a) for key, a in arrays.items())
+    widened.path = path
+    return widened

@@ -9,8 +9,8 @@
 | cudnn | GPU | fused, for 16-bit inputs |
 | splash | TPU | fused, for long sequences, where plain XLA would fill the memory |
 
-The backend of the running platform is taken where it can serve the call, else xla. The platform is that of JAX's default
-device; a program compiled for another machine says so: `with use_attention_backend("splash"): jax.jit(f).lower(...)`.
+The backend of the running platform is taken where it can serve the call, else xla. The platform is that of JAX's
+default device; a program compiled for another machine says so: `with use_attention_backend("splash"): f.lower(...)`.
 """
 
 import contextlib
@@ -39,7 +39,8 @@ class _Preference:
     spec: PartitionSpec | None = None
 
 
-_preference = contextvars.ContextVar("attention_preference", default=_Preference())
+_NONE = _Preference()
+_preference = contextvars.ContextVar("attention_preference", default=_NONE)
 
 
 @contextlib.contextmanager
@@ -75,7 +76,9 @@ def attention(
     """Multi-head attention.
 
     Args:
-      q, k, v: `[B, L, H, K]`; the queries may have another length.
+      q: queries `[B, Q, H, K]`.
+      k: keys `[B, L, H, K]`.
+      v: values `[B, L, H, K]`.
       mask: True for the keys that may be attended.
       bias: added to the logits before the softmax, `[H, Q, L]` or `[B or 1, H, Q, L]`.
       scale: of the logits; None: 1 / sqrt(K).

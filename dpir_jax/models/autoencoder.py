@@ -87,7 +87,7 @@ class ResidualBlock(nnx.Module):
 
 
 class Level(nnx.Module):
-    """The residual blocks of one resolution. The first may change the width; the rest are equal, stacked and scanned."""
+    """The residual blocks of one resolution. The first may change the width; the rest are equal: stacked, scanned."""
 
     def __init__(
         self, inner: int, outer: int, depth: int, groups: int, *, rngs: nnx.Rngs, precision: Precision

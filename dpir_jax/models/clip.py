@@ -1,4 +1,4 @@
-"""CLIP's vision and text towers (Radford et al., arXiv 2103.00020), OpenAI's and OpenCLIP's, and its picture preparation.
+"""CLIP's vision and text towers (Radford et al., arXiv 2103.00020), OpenAI's and OpenCLIP's; CLIP's view of a picture.
 
     block     x <- x + attention(LN(x));   x <- x + W2 act(W1 LN(x))         act: x sigmoid(1.702 x) or the exact GELU
     vision    LN([class; patches W] + positions) -> blocks -> last_hidden_state;  image_embeds = P LN(class token)
@@ -83,7 +83,7 @@ class CLIPVisionConfig:
     @classmethod
     def nano(cls) -> "CLIPVisionConfig":
         """The image encoder of `dpir-nano`, trained with it."""
-        return cls(image_size=128, patch_size=16, width=96, layers=3, heads=3, mlp_width=384, projection=96)
+        return cls(image_size=128, patch_size=16, width=64, layers=2, heads=2, mlp_width=256, projection=64)
 
     @classmethod
     def tiny(cls) -> "CLIPVisionConfig":

@@ -5,7 +5,7 @@ one vector, which modulates every normalisation (AdaLN):
 
     x <- x + gate * f((1 + scale) * LN(x) + shift)
 
-DPIR (arXiv 2504.17825, section 3.2; kongdehong/DPIR `transformer_sd3_cnext.py`) adds the low-quality photo after block 0:
+DPIR (arXiv 2504.17825; kongdehong/DPIR `transformer_sd3_cnext.py`) adds the low-quality photo after block 0:
 
     y = F_0(z_t) + eta(F_c(z_lq)),    eta(c) = (c - mean(c)) / (std(c) + 1e-9) * std(x) + mean(x)
 
@@ -42,7 +42,7 @@ ALIGNMENT_EPSILON = 1e-9
 
 @dataclasses.dataclass(frozen=True)
 class LQBranchConfig:
-    """Three 3x3 convolutions with group norms: `widths` of the first two (the third has the transformer's), `groups`."""
+    """Three 3x3 convolutions with group norms: `widths` of the first two (the third has the network's), `groups`."""
 
     widths: tuple[int, int] = (256, 512)
     groups: tuple[int, int, int] = (4, 8, 8)
@@ -136,13 +136,13 @@ class MMDiTConfig:
 
     @classmethod
     def nano(cls) -> "MMDiTConfig":
-        """DPIR at a size that two CPU cores can train: 5.1 M parameters."""
+        """DPIR at a size that two CPU cores can train: 3 M parameters."""
         return cls(
-            num_layers=6,
-            num_heads=6,
+            num_layers=5,
+            num_heads=4,
             head_dim=32,
-            context_dim=192,
-            pooled_dim=192,
+            context_dim=128,
+            pooled_dim=128,
             sample_size=64,
             qk_norm=True,
             lq_branch=LQBranchConfig(widths=(64, 128)),
@@ -162,7 +162,7 @@ class MMDiTConfig:
             pos_embed_max_size=16,
             sample_size=16,
             qk_norm=True,
-            lq_branch=LQBranchConfig(widths=(8, 8)),
+            lq_branch=LQBranchConfig(widths=(8, 16)),
         )
 
 
@@ -212,7 +212,7 @@ def standardize(x: Tokens) -> Tokens:
 
 
 def modulation(features: int, parts: int, rngs: nnx.Rngs, precision: Precision) -> nnx.Linear:
-    """The AdaLN linear, `parts` vectors from the condition; zero at the start, so that each block starts as identity."""
+    """The AdaLN linear: `parts` vectors from the condition; zero at the start, so that a block starts as identity."""
     return dense(features, parts * features, "cm", rngs=rngs, precision=precision, init=nnx.initializers.zeros_init())
 
 
@@ -274,7 +274,7 @@ class Block(nnx.Module):
             self.context_mlp = MLP(config, **make)
 
     def __call__(self, hidden: Tokens, context: Tokens, condition: Condition) -> tuple[Tokens, Tokens]:
-        """(picture tokens [B, N, D], context tokens [B, L, D]) -> the same; `condition` = SiLU(time + pooled) [B, D]."""
+        """(picture tokens [B, N, D], context tokens [B, L, D]) -> the same; `condition` = SiLU(time + pooled)."""
         parts = jnp.split(self.modulation(condition), 9 if self.dual else 6, axis=-1)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts[:6]
         context_parts = jnp.split(self.context_modulation(condition), 2 if self.last else 6, axis=-1)

@@ -1,13 +1,4 @@
-"""DPIR as a `System` that restores tiles, and how it is read from a model folder.
-
-`config.json` of the folder:
-
-    {"system": "dpir", "description": one line, "config": the DPIRConfig (`systems.config_json`),
-     "residual_scale": [C numbers, where the flow runs on residuals],
-     "restore": {"steps", "guidance", "color", "shift", "published": the model's own settings, each optional}}
-
-A model with a text encoder keeps its tokenizer in the folder `tokenizer` (Hugging Face format).
-"""
+"""DPIR as a `System` that restores tiles."""
 
 import dataclasses
 import functools
@@ -17,35 +8,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
-from dpir_jax import model_folder
 from dpir_jax.diffusion.guidance import guided
 from dpir_jax.errors import InputError
-from dpir_jax.models.autoencoder import AutoencoderConfig
-from dpir_jax.models.clip import DEVIATION, MEAN, CLIPVisionConfig, clip_preprocess
-from dpir_jax.models.mmdit import LQBranchConfig, MMDiTConfig
-from dpir_jax.models.patch_autoencoder import PatchAutoencoderConfig
+from dpir_jax.models.clip import DEVIATION, MEAN, clip_preprocess
 from dpir_jax.models.precision import Precision
-from dpir_jax.models.t5 import T5Config
-from dpir_jax.systems.config_json import from_json, to_json
 from dpir_jax.systems.dpir import DPIR, Condition, DPIRConfig
+from dpir_jax.systems.dpir_folder import read_dpir
 from dpir_jax.systems.prompts import global_boxes
-
-CONFIGS = {
-    cls.__name__: cls
-    for cls in (
-        DPIRConfig,
-        AutoencoderConfig,
-        PatchAutoencoderConfig,
-        MMDiTConfig,
-        LQBranchConfig,
-        CLIPVisionConfig,
-        T5Config,
-    )
-}
 
 
 class Scene(NamedTuple):
@@ -221,36 +193,7 @@ def _tokenizer(folder: str) -> Any:
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
 
-# --- on disk ---------------------------------------------------------------------------------------------------------
-
-
-def save_dpir(folder: str | Path, dpir: DPIR, *, description: str, restore: dict[str, Any], dtype: Any = None) -> Path:
-    """Writes a model folder that `load_dpir` reads."""
-    config = {
-        "system": "dpir",
-        "description": description,
-        "config": to_json(dpir.config),
-        "residual_scale": np.asarray(dpir.residual_scale[...], np.float64).tolist(),
-        "restore": restore,
-    }
-    return model_folder.save_networks(folder, config, dpir.networks(), dtype)
-
-
 def load_dpir(folder: Path, config: dict[str, Any], precision: Precision) -> RestoringDPIR:
-    """Reads every network of the system, checked against the manifest.
-
-    Raises:
-      InputError: a file is missing, damaged or does not fit.
-    """
-    settings = from_json(config.get("config"), CONFIGS)
-    if not isinstance(settings, DPIRConfig):
-        raise InputError(f"{folder / 'config.json'} holds no DPIRConfig under 'config'")
-    dpir = nnx.eval_shape(lambda: DPIR(settings, rngs=nnx.Rngs(0), precision=precision))
-    for name, network in dpir.networks().items():
-        setattr(dpir, name, model_folder.load_network(folder, name, network))
-    scale = np.asarray(config.get("residual_scale", [1.0] * settings.mmdit.in_channels), np.float32)
-    if scale.shape != (settings.mmdit.in_channels,):
-        raise InputError(f"residual_scale in {folder / 'config.json'} must have {settings.mmdit.in_channels} numbers")
-    dpir.residual_scale.set_value(jnp.asarray(scale))
+    """The system of a model folder whose `config.json` is `config`; `InputError` as for `read_dpir`."""
     tokenizer = folder / "tokenizer"
-    return RestoringDPIR(dpir, str(tokenizer) if tokenizer.is_dir() else None)
+    return RestoringDPIR(read_dpir(folder, config, precision), str(tokenizer) if tokenizer.is_dir() else None)

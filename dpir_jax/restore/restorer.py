@@ -28,7 +28,7 @@ from dpir_jax.restore.models import ModelInfo, describe, find_model, load_system
 from dpir_jax.restore.noise import canvas_noise
 from dpir_jax.restore.settings import Defaults, Settings
 from dpir_jax.restore.sources import PhotoLike, as_photo
-from dpir_jax.restore.system import System
+from dpir_jax.restore.system import Frozen, System
 from dpir_jax.restore.tile_store import TileStore
 from dpir_jax.restore.tiling import TilePlan, blend_tiles, tiled_euler
 
@@ -70,52 +70,54 @@ class Result:
 
 
 @jax.jit
-def _encode(system: System, pixels: Array) -> Array:
-    return system.encode(pixels)
+def _encode(frozen: Frozen, pixels: Array) -> Array:
+    return frozen.thaw().encode(pixels)
 
 
 @jax.jit
-def _decode(system: System, latent: Array) -> Array:
-    return system.decode(latent)
+def _decode(frozen: Frozen, latent: Array) -> Array:
+    return frozen.thaw().decode(latent)
 
 
 @jax.jit
-def _finish(system: System, z0: Array, lq_latent: Array) -> Array:
+def _finish(frozen: Frozen, z0: Array, lq_latent: Array) -> Array:
+    system = frozen.thaw()
     return system.decode(system.finish(z0, lq_latent))
 
 
 @jax.jit
-def _start(system: System, noise: Array, lq_latent: Array) -> Array:
-    return system.start(noise, lq_latent)
+def _start(frozen: Frozen, noise: Array, lq_latent: Array) -> Array:
+    return frozen.thaw().start(noise, lq_latent)
 
 
 @jax.jit
-def _condition(system: System, scene: Any, pixels: Array) -> Any:
-    return system.condition(scene, pixels)
+def _condition(frozen: Frozen, scene: Any, pixels: Array) -> Any:
+    return frozen.thaw().condition(scene, pixels)
 
 
 @jax.jit
-def _control(system: System, lq_latent: Array) -> Any:
-    return system.control(lq_latent)
+def _control(frozen: Frozen, lq_latent: Array) -> Any:
+    return frozen.thaw().control(lq_latent)
 
 
 def _field(
-    system: System, z: Array, sigma: Array, lq_latent: Array, prompts: tuple[Any, Any], guidance: Array, fidelity: Array
+    frozen: Frozen, z: Array, sigma: Array, lq_latent: Array, prompts: tuple[Any, Any], guidance: Array, fidelity: Array
 ) -> Float[Array, "G T T C"]:
+    system = frozen.thaw()
     v = system.velocity(z, sigma, *prompts, guidance).astype(jnp.float32)
     return restoration_pull(v, z, sigma, system.anchor(lq_latent), fidelity)
 
 
 @jax.jit
 def _velocity(
-    system: System, z: Array, sigma: Array, lq_latent: Array, prompts: tuple[Any, Any], guidance: Array, fidelity: Array
+    frozen: Frozen, z: Array, sigma: Array, lq_latent: Array, prompts: tuple[Any, Any], guidance: Array, fidelity: Array
 ) -> Float[Array, "G T T C"]:
-    return _field(system, z, jnp.broadcast_to(sigma, z.shape[:1]), lq_latent, prompts, guidance, fidelity)
+    return _field(frozen, z, jnp.broadcast_to(sigma, z.shape[:1]), lq_latent, prompts, guidance, fidelity)
 
 
 @jax.jit
 def _sample(
-    system: System,
+    frozen: Frozen,
     z: Array,
     sigmas: Array,
     steps: Array,
@@ -125,7 +127,7 @@ def _sample(
     fidelity: Array,
 ) -> Float[Array, "1 T T C"]:
     def velocity(z: Array, sigma: Array) -> Array:
-        return _field(system, z, sigma, lq_latent, prompts, guidance, fidelity)
+        return _field(frozen, z, sigma, lq_latent, prompts, guidance, fidelity)
 
     return euler(velocity, z, sigmas, steps)
 
@@ -157,6 +159,7 @@ class Restorer:
         dtype: str = "float32",
     ) -> None:
         self.system = system
+        self.frozen = Frozen.of(system)
         self.model = model
         self.defaults = defaults
         self.schedule = schedule
@@ -302,7 +305,7 @@ class _Job:
         progress: Progress,
     ) -> None:
         self.system, self.group, self.watch, self.progress = restorer.system, restorer.group, watch, progress
-        self.settings, self.index = settings, index
+        self.frozen, self.settings, self.index = restorer.frozen, settings, index
         self.sigmas = np.asarray(restorer.schedule.sampling_table(settings.steps))
         self.shape = before.shape
         factor = self.system.latent_factor
@@ -317,7 +320,7 @@ class _Job:
     def run(self) -> Float32[np.ndarray, "H W 3"]:
         """Encode, prompt, sample, decode; pixels in about [0, 1], not clipped."""
         with self.watch.stage("encode"):
-            lq_latent = self.over_tiles("encode", lambda n: _encode(self.system, self.pixels(n)), self.plan)
+            lq_latent = self.over_tiles("encode", lambda n: _encode(self.frozen, self.pixels(n)), self.plan)
         with TileStore() as prompts:
             with self.watch.stage("prompts"):
                 self.look(prompts, lq_latent)
@@ -326,7 +329,7 @@ class _Job:
         with self.watch.stage("decode"):
 
             def decode(numbers: list[int]) -> Array:
-                return _finish(self.system, self.plan.crop(z0, numbers), self.plan.crop(lq_latent, numbers))
+                return _finish(self.frozen, self.plan.crop(z0, numbers), self.plan.crop(lq_latent, numbers))
 
             content = self.over_tiles("decode", decode, self.pixel_plan)
         return content[: self.shape[0], : self.shape[1]]
@@ -347,7 +350,7 @@ class _Job:
         photo, restored = self.photo, self.system.prompt_source == "restored"
 
         def decode(numbers: list[int]) -> Array:
-            return _decode(self.system, self.plan.crop(lq_latent, numbers))
+            return _decode(self.frozen, self.plan.crop(lq_latent, numbers))
 
         if restored:
             photo = to_uint8(self.over_tiles("prompts", decode, self.pixel_plan))
@@ -357,38 +360,43 @@ class _Job:
         )
         for numbers in self.plan.groups(self.group):
             seen = decode(numbers) if restored else self.pixels(numbers)
-            both = _condition(self.system, scene, seen), _control(self.system, self.plan.crop(lq_latent, numbers))
+            both = _condition(self.frozen, scene, seen), _control(self.frozen, self.plan.crop(lq_latent, numbers))
             both = jax.tree.map(np.asarray, both)
             distinct = len(set(numbers))
             for row in range(distinct):
                 prompts.append(jax.tree.map(lambda leaf, row=row: leaf[row], both))
             self.advance("prompts", distinct)
 
+    def start(self, lq_latent: np.ndarray) -> Float32[np.ndarray, "h w C"]:
+        """z at sigma 1, on the canvas."""
+        noise = canvas_noise(self.settings.seed, self.index, self.plan.height, self.plan.width, self.system.channels)
+
+        def start(numbers: list[int]) -> Array:
+            return _start(self.frozen, self.plan.crop(noise, numbers), self.plan.crop(lq_latent, numbers))
+
+        return blend_tiles(start, self.plan, self.system.channels, group=self.group)
+
     def sample(self, prompts: TileStore, lq_latent: np.ndarray) -> Float32[np.ndarray, "h w C"]:
         """Noise to z_0: in one program if one tile holds the photo, else step by step on the canvas."""
         steps, guidance = self.settings.steps, np.float32(self.settings.guidance)
         fidelity = np.float32(self.settings.fidelity)
-        noise = canvas_noise(self.settings.seed, self.index, self.plan.height, self.plan.width, self.system.channels)
-
-        def start(numbers: list[int]) -> Array:
-            return _start(self.system, self.plan.crop(noise, numbers), self.plan.crop(lq_latent, numbers))
-
-        z = blend_tiles(start, self.plan, self.system.channels, group=self.group)
-        del noise
         if len(self.plan) == 1:
-            table, whole = self.sigmas, (z[None], lq_latent[None])
-            z0 = _sample(self.system, whole[0], table, steps, whole[1], prompts.stacked([0]), guidance, fidelity)
-            z = np.asarray(z0)[0]
+            z, lq, both = self.start(lq_latent)[None], lq_latent[None], prompts.stacked([0])
+            z0 = np.asarray(_sample(self.frozen, z, self.sigmas, steps, lq, both, guidance, fidelity))[0]
             self.advance("sample", steps)
-            return z
+            return z0
 
         def velocity(tiles: np.ndarray, k: int, numbers: list[int]) -> Array:
             lq, both = self.plan.crop(lq_latent, numbers), prompts.stacked(numbers)
-            return _velocity(self.system, tiles, self.sigmas[k], lq, both, guidance, fidelity)
+            return _velocity(self.frozen, tiles, self.sigmas[k], lq, both, guidance, fidelity)
 
-        sigmas = self.sigmas[: steps + 1]
         return tiled_euler(
-            velocity, z, sigmas, self.plan, group=self.group, progress=lambda n: self.advance("sample", n)
+            velocity,
+            self.start(lq_latent),  # named by nobody, so that it goes when the first step is done
+            self.sigmas[: steps + 1],
+            self.plan,
+            group=self.group,
+            progress=lambda tiles: self.advance("sample", tiles),
         )
 
 
@@ -408,6 +416,7 @@ def load(name_or_folder: str | Path, *, dtype: DTypeLike | None = None, tile: in
     """
     compilation_cache.enable()
     folder = find_model(name_or_folder)
-    name = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")).name
+    default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype or default).name
     system, defaults, schedule = load_system(folder, name)
     return Restorer(system, model=describe(folder), defaults=defaults, schedule=schedule, tile=tile, dtype=name)

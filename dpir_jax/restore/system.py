@@ -9,8 +9,11 @@ stages. T is the side of a tile in latent cells, f pixels per cell, S = f T, B t
     once per tile     decode(finish(z_0, lq_latent))
 """
 
-from typing import Any, Literal, Protocol
+import dataclasses
+import functools
+from typing import Any, Literal, Protocol, Self
 
+import jax
 from jaxtyping import Array, Float, UInt8
 from numpy import ndarray
 
@@ -75,3 +78,32 @@ class System(Protocol):
 
     def finish(self, z0: Float[Array, "B T T C"], lq_latent: Float[Array, "B T T C"]) -> Float[Array, "B T T C"]:
         """The latent of a z at sigma 0, cell by cell."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Structure:
+    """A tree's structure that is compared by identity: comparing a network's own costs milliseconds in every call."""
+
+    tree: jax.tree_util.PyTreeDef
+
+
+_structure = functools.cache(_Structure)
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["leaves"], meta_fields=["structure"])
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    """A system flattened once, as the argument of what is compiled."""
+
+    leaves: list[Array]
+    structure: _Structure
+
+    @classmethod
+    def of(cls, system: System) -> Self:
+        """Flattens `system`; equal systems share what is compiled."""
+        leaves, tree = jax.tree.flatten(system)
+        return cls(leaves, _structure(tree))
+
+    def thaw(self) -> System:
+        """The system again, inside of what is compiled."""
+        return jax.tree.unflatten(self.structure.tree, self.leaves)

@@ -10,9 +10,9 @@ tile, where it knows least, count least:
 As (2) separates into rows and columns, the weights are divided beforehand: along each side they add up to 1
 everywhere.
 
-Published: a = 0.01; m = (T - 1) / 2 along columns but T / 2 along rows. Ours: m = (T - 1) / 2 for both, a = 0.02: where
-tiles overlap by a fourth, they then pass into each other over 12 % of a tile instead of 6 %, and a tile's outermost cell
-still counts less than 1 %.
+Published: a = 0.01; m = (T - 1) / 2 along columns but T / 2 along rows. Ours: m = (T - 1) / 2 for both, a = 0.02:
+tiles that overlap by a fourth then pass into each other over 12 % of a tile instead of 6 %, and the outermost cell of a
+tile still counts no more than about 1 %.
 
 Sources: `_sliding_windows`, `_gaussian_weights` and the denoising loops of `pipelines/*_cnext_sw.py` and
 `*_sw_shift.py` in kongdehong/DPIR, which come from Mixture of Diffusers (arXiv 2302.02412).
@@ -26,7 +26,6 @@ import numpy as np
 from jaxtyping import Float, Float32, Float64, Num
 from numpy.typing import ArrayLike
 
-from dpir_jax.diffusion.samplers import euler_step
 from dpir_jax.errors import InputError
 
 Window = tuple[int, int, int, int]  # top, bottom, left, right
@@ -97,6 +96,13 @@ class TilePlan:
         stride = tile - overlap
         rows, columns = published_starts(height, tile, stride), published_starts(width, tile, stride)
         return cls(height, width, tile, rows, columns, published_weights=True)
+
+    @classmethod
+    def seesr(cls, height: int, width: int, tile: int, overlap: int) -> "TilePlan | None":
+        """SeeSR's plan: tiles no larger than the canvas; None where the canvas is no larger than a tile and stays whole."""
+        if height * width <= tile * tile:
+            return None
+        return cls.published(height, width, min(tile, height, width), overlap)
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.columns)
@@ -215,7 +221,9 @@ def tiled_euler(
             return velocity(plan.crop(rolled, numbers), k, numbers)
 
         v = blend_tiles(compute, plan, z.shape[-1], group=group, progress=progress)
-        z = euler_step(rolled, v, sigmas[k], sigmas[k + 1])
+        v *= sigmas[k + 1] - sigmas[k]  # Euler's step, in place: a large photo's canvas is worth it
+        z = np.add(rolled, v, out=v)
+        del rolled, v, compute
         z = np.roll(z, (-shift, -shift), (0, 1)) if shift else z
     return z
 

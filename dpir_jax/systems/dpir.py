@@ -110,6 +110,28 @@ class DPIRConfig:
             global_overlap=32,
         )
 
+    @classmethod
+    def tiny(cls) -> "DPIRConfig":
+        """For tests: the nano system at the smallest size, with a text encoder and the MLP."""
+        clip = CLIPVisionConfig.tiny()
+        pooled = clip.width + clip.projection
+        return cls(
+            autoencoder=PatchAutoencoderConfig(latent_channels=4),
+            robust_encoder=PatchAutoencoderConfig(latent_channels=4, widths=(8, 8), depths=(1, 1)),
+            mmdit=dataclasses.replace(MMDiTConfig.tiny(), pooled_dim=pooled, context_dim=pooled + 2),
+            clip_tokens=clip,
+            clip_embed=clip,
+            t5=T5Config.tiny(),
+            visual_tokens=7,
+            text_tokens=5,
+            visual_mlp=True,
+            flow="residual",
+            prediction="x0",
+            tile=8,
+            global_tile=64,
+            global_overlap=16,
+        )
+
     @property
     def latent_factor(self) -> int:
         """Pixels per latent cell."""

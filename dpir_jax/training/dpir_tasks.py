@@ -28,14 +28,14 @@ from dpir_jax.metrics.lpips import LPIPS
 from dpir_jax.models.autoencoder import Autoencoder, Encoder
 from dpir_jax.models.clip import clip_preprocess
 from dpir_jax.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PatchEncoder, to_patches
-from dpir_jax.restore.dpir import save_dpir
 from dpir_jax.systems.config_json import to_json
 from dpir_jax.systems.dpir import DPIR, Condition, DPIRConfig
+from dpir_jax.systems.dpir_folder import save_dpir
 from dpir_jax.systems.prompts import drop
 from dpir_jax.training.adversary import Discriminator, adversarial_losses
 
-VGG_CHANNELS = (64, 128, 256, 512, 512)
-SYSTEMS = {"nano": DPIRConfig.nano, "sd3_medium": DPIRConfig.sd3_medium}
+TRUNK_CHANNELS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
+SYSTEMS = {"tiny": DPIRConfig.tiny, "nano": DPIRConfig.nano, "sd3_medium": DPIRConfig.sd3_medium}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +43,15 @@ class PictureLoss:
     """What a decoded picture is compared by; a weight of 0 leaves the term out.
 
     `crop`: side in pixels of the random part that LPIPS and the discriminator see (0: all of it).
-    `stages`: how many of VGG16's five stages are run.
+    `net`, `stages`: the perceptual network, "vgg" or "alex", and how many of its five stages are run. AlexNet's weights come
+    with the package, but its stride of 4 teaches a 4-pixel grid; VGG16's are read from the folder `weights`.
     """
 
     l1: float = 1.0
     lpips: float = 1.0
     adversarial: float = 0.0
     crop: int = 64
+    net: Literal["vgg", "alex"] = "vgg"
     stages: int = 3
     weights: str | None = None
 
@@ -58,9 +60,9 @@ class Critics(nnx.Module):
     """The frozen perceptual network and the discriminator that goes with it."""
 
     def __init__(self, config: PictureLoss, *, rngs: nnx.Rngs) -> None:
-        self.perceptual = LPIPS.load("vgg", config.weights, stages=config.stages)
+        self.perceptual = LPIPS.load(config.net, config.weights, stages=config.stages)
         if config.adversarial:
-            self.discriminator = Discriminator(VGG_CHANNELS[: config.stages], rngs=rngs)
+            self.discriminator = Discriminator(TRUNK_CHANNELS[config.net][: config.stages], rngs=rngs)
 
 
 def picture_loss(
@@ -136,11 +138,7 @@ def sample_crops(folders: tuple[str, ...], count: int, size: int, seed: int) -> 
 
 
 def _recipes(names: tuple[str, ...], scale: int) -> tuple[Recipe, ...]:
-    known = {"realesrgan": Recipe.realesrgan, "light": Recipe.light}
-    for name in names:
-        if name not in known:
-            raise InputError(f"recipes has {name!r}; known are {', '.join(known)}")
-    return tuple(dataclasses.replace(known[name](), scale=scale) for name in names)
+    return tuple(Recipe.named(name, scale=scale) for name in names)
 
 
 def _from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -174,7 +172,10 @@ class EncoderModel(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class EncoderTask:
-    """Stage 1: the degradation-robust encoder. `init_from`: a model folder with the autoencoder to start from."""
+    """Stage 1: the degradation-robust encoder.
+
+    `init_from`: a model folder with the autoencoder to start from, and E_dr too if it has one.
+    """
 
     system: str = "nano"
     recipes: tuple[str, ...] = ("realesrgan", "light")
@@ -205,8 +206,10 @@ class EncoderTask:
             crops = sample_crops(self.photos, 512, 64, seed=0)
             size = self.config.autoencoder.patch_size
             model.autoencoder.fit(np.asarray(to_patches(2 * crops - 1, size)).reshape(-1, 3 * size**2))
-        # E_dr has the encoder's weights where it has the encoder's layers (the trunk, where there is one, starts at zero)
-        nnx.update(model.robust_encoder, nnx.state(model.autoencoder.encoder))
+        if self.init_from and (Path(self.init_from) / "robust_encoder.safetensors").is_file():
+            model.robust_encoder = model_folder.load_network(self.init_from, "robust_encoder", model.robust_encoder)
+        else:  # the encoder's weights where it has the encoder's layers; the trunk, where there is one, starts at zero
+            nnx.update(model.robust_encoder, nnx.state(model.autoencoder.encoder))
         return model
 
     def restored(self, model: EncoderModel, lq: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
@@ -249,7 +252,7 @@ class DiTTask:
     """Stage 2: the DiT with its LQ branch.
 
     `init_from`: the model folder of stage 1. `loss_kind`: "x0" is the published loss, "velocity" the paper's.
-    `picture`: extra terms on D(z_0) (None: the published loss alone). `train_prompts`: train the image encoders too.
+    `flow_weight`: of that loss; `picture`: extra terms on D(z_0) (None: the published loss alone). `train_prompts`: train the image encoders too.
     `description`, `restore`: what the exported model says of itself, and its own settings for restoring.
     """
 
@@ -262,6 +265,7 @@ class DiTTask:
     time: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
     shift: float = 3.0
     prompt_dropout: float = 0.464
+    flow_weight: float = 1.0
     picture: PictureLoss | None = None
     train_prompts: bool = False
     photos: tuple[str, ...] = ()
@@ -343,11 +347,11 @@ class DiTTask:
             flow = jnp.mean(jnp.square(estimate - z0))
         metrics = {"flow": flow}
         if self.picture is None:
-            return flow, metrics
+            return self.flow_weight * flow, metrics
         image = system.decode(system.from_flow(estimate, lq_latent))
         critics = model.critics if hasattr(model, "critics") else None
         extra, terms = picture_loss(self.picture, critics, image, hq, picture_key)
-        return flow + extra, metrics | terms
+        return self.flow_weight * flow + extra, metrics | terms
 
     def sample(
         self, system: DPIR, lq_latent: Float[Array, "B h w C"], condition: Condition, steps: int, key: jax.Array

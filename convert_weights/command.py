@@ -1,0 +1,335 @@
+"""The command: `python -m convert_weights`, also `dpir convert`."""
+
+import argparse
+import contextlib
+import dataclasses
+import shutil
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from convert_weights import lora
+from convert_weights.conversion import TYPES, Conversion, prepare, verify, write, write_torch
+from convert_weights.families import CONFIGS, FAMILIES, Family, encoder_only, of_network, parts, recognise
+from convert_weights.readers import Source, locate, open_source
+from convert_weights.writer import mapped
+from dpir_jax.errors import InputError
+from dpir_jax.files import read_json, write_json
+from dpir_jax.model_folder import new_folder, read_config
+from dpir_jax.model_folder import verify as verify_sums
+from dpir_jax.systems.config_json import from_json, to_json
+from dpir_jax.systems.dpir import DPIRConfig
+
+PIPELINE = "model_index.json"
+ROLES = {  # networks of DPIR: kind of network and folder in an SD3 pipeline
+    "transformer": ("mmdit", "transformer"),
+    "vae": ("autoencoder", "vae"),
+    "robust_vae": ("autoencoder", "vae"),
+    "clip_tokens": ("clip_vision", "image_encoder"),
+    "clip_embed": ("clip_vision", "image_encoder"),
+    "t5": ("t5", "text_encoder_3"),
+}
+
+
+def main(argv: Sequence[str] | None = None, prog: str = "python -m convert_weights") -> int:
+    """Runs the command; returns the exit status. Bad input prints one line and returns 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    dpir = argv[:1] == ["dpir"]
+    arguments = (_dpir_parser(f"{prog} dpir") if dpir else _parser(prog)).parse_args(argv[dpir:])
+    try:
+        with _stoppable():
+            run = _assemble if dpir else _to_torch if arguments.to_torch else _convert
+            run(arguments)
+    except InputError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """A polite kill is an interrupt, so that the half-written folder goes too."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:  # not the main thread: leave signals alone
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description="Turns PyTorch weights into a model folder, or back with --to-torch. "
+        f"`{prog} dpir --help`: a DPIR model out of its parts.",
+    )
+    parser.add_argument("source", metavar="SOURCE", help=_SOURCE + "; with --to-torch: a model folder")
+    parser.add_argument("out", metavar="OUT", help="the folder to write; a model folder there is replaced")
+    parser.add_argument("--family", default="auto", choices=("auto", *FAMILIES), help="default: by keys and shapes")
+    parser.add_argument("--to-torch", action="store_true", help="from a model folder to PyTorch's layout")
+    parser.add_argument(
+        "--layout",
+        default="diffusers",
+        choices=("diffusers", "original"),
+        help="with --to-torch: folders for from_pretrained (default), or single files in the original layout",
+    )
+    _common(parser)
+    return parser
+
+
+def _dpir_parser(prog: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Makes a DPIR model folder, for `dpir restore --model OUT`, out of its parts."
+    )
+    parser.add_argument("out", metavar="OUT", help="the model folder to write")
+    parser.add_argument("--pipeline", metavar="SOURCE", help="an SD3 pipeline: vae, t5 and tokenizer where not named")
+    parser.add_argument("--transformer", metavar="SOURCE", required=True, help="DPIR's: SD3 and control_conv")
+    parser.add_argument("--vae", metavar="SOURCE", help="SD3's autoencoder")
+    parser.add_argument("--robust-vae", metavar="SOURCE", required=True, help="DPIR's fine-tuned autoencoder")
+    parser.add_argument("--clip-tokens", metavar="SOURCE", required=True, help="CLIP ViT-B/32")
+    parser.add_argument("--clip-embed", metavar="SOURCE", required=True, help="OpenCLIP ViT-bigG/14")
+    parser.add_argument("--t5", metavar="SOURCE", help="T5 v1.1 XXL")
+    parser.add_argument("--tokenizer", metavar="DIR", help="the folder of T5's tokenizer")
+    parser.add_argument("--text", choices=("t5", "none"), default="t5", help="none: without text encoder, no prompts")
+    _common(parser)
+    return parser
+
+
+_SOURCE = (
+    "a file (.safetensors, .pth, .ckpt, .bin), an index of shards, a folder with weights, a diffusers pipeline, "
+    "or hf:OWNER/NAME[/FOLDER] to fetch it from Hugging Face"
+)
+
+
+def _common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=tuple(TYPES), help="what to store floats as; default: as they are")
+    parser.add_argument("--variant", metavar="NAME", help="of diffusers files, such as fp16")
+    parser.add_argument("--lora", metavar="SOURCE", help="merge this LoRA into the transformer")
+    parser.add_argument("--lora-scale", type=float, default=1.0, metavar="S", help="default %(default)g")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done; read headers only")
+    parser.add_argument("--verify", action="store_true", help="read all back and compare it bit for bit")
+
+
+# --- from PyTorch ----------------------------------------------------------------------------------------------------
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    conversions: list[Conversion] = []
+    for source in _networks(arguments.source, arguments.variant):
+        for family in recognise(source, arguments.family):
+            taken = sum(other.name.startswith(family.network) for other in conversions)
+            name = f"{family.network}_{taken + 1}" if taken else family.network
+            conversions.append(_prepare(arguments, name, source, family))
+    if arguments.lora and not any(conversion.family.network == "mmdit" for conversion in conversions):
+        raise InputError(f"a LoRA goes into a transformer, and {arguments.source} holds none")
+    networks = {c.name: {"family": c.family.name, "config": to_json(c.config)} for c in conversions}
+    _write(arguments, conversions, {"system": "networks", "networks": networks})
+
+
+def _networks(where: str, variant: str | None) -> list[Source]:
+    """The networks in a source: one, those of a single file, or those of a pipeline folder."""
+    path = locate(where)
+    if not (path / PIPELINE).is_file():
+        return parts(open_source(path, variant=variant))
+    index = read_json(path / PIPELINE)
+    names = [
+        name for name, value in index.items() if isinstance(value, list) and (path / name / "config.json").is_file()
+    ]
+    return [part for name in names for part in parts(open_source(path, subfolder=name, variant=variant))]
+
+
+def _prepare(arguments: argparse.Namespace, name: str, source: Source, family: Family) -> Conversion:
+    if arguments.lora and family.network == "mmdit":
+        source = lora.merge(source, family, open_source(arguments.lora), arguments.lora_scale)
+    return prepare(name, source, family, arguments.dtype)
+
+
+def _write(
+    arguments: argparse.Namespace,
+    conversions: Sequence[Conversion],
+    config: dict[str, Any],
+    tokenizer: Path | None = None,
+) -> None:
+    for conversion in conversions:
+        print(conversion.summary)
+    if arguments.dry_run:
+        return
+    total = sum(conversion.nbytes for conversion in conversions)
+    with new_folder(arguments.out) as folder:
+        for conversion in conversions:
+            with _bar(conversion.nbytes, conversion.name) as bar:
+                notes = write(conversion, folder, bar.update)
+            for note in notes:
+                print(f"{conversion.name}: note: {note}")
+        if tokenizer:
+            shutil.copytree(tokenizer, folder / "tokenizer")
+        write_json(folder / "config.json", config)
+        if arguments.verify:
+            for conversion in conversions:
+                with _bar(conversion.nbytes, f"{conversion.name}, verifying") as bar:
+                    verify(conversion, folder / f"{conversion.name}.safetensors", bar.update)
+                print(f"{conversion.name}: verified, every tensor comes back bit for bit")
+    print(f"wrote {arguments.out}, {total / 1e9:.2f} GB read")
+
+
+def _bar(size: int, name: str) -> tqdm:
+    return tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=None)
+
+
+# --- DPIR ------------------------------------------------------------------------------------------------------------
+
+
+def _assemble(arguments: argparse.Namespace) -> None:
+    wanted = ["transformer", "vae", "robust_vae", "clip_tokens", "clip_embed"] + ["t5"] * (arguments.text == "t5")
+    found = {role: _role(arguments, role) for role in wanted}
+    transformer = found["transformer"].config
+    if transformer.lq_branch is None:
+        raise InputError(f"{found['transformer'].source.name} has no control_conv: it is SD3's transformer, not DPIR's")
+    vae = found["vae"].config
+    config = DPIRConfig(
+        autoencoder=vae,
+        robust_encoder=found["robust_vae"].config,
+        mmdit=transformer,
+        clip_tokens=found["clip_tokens"].config,
+        clip_embed=found["clip_embed"].config,
+        t5=found["t5"].config if "t5" in found else None,
+        tile=transformer.sample_size,
+        global_tile=transformer.sample_size * vae.spatial_factor,
+        global_overlap=transformer.sample_size * vae.spatial_factor // 16,
+    )
+    document = {
+        "system": "dpir",
+        "description": "DPIR, converted from PyTorch weights",
+        "config": to_json(config),
+        "restore": {"steps": 28, "guidance": 1.0, "color": "wavelet", "shift": 3.0, "published": True},
+    }
+    _write(arguments, list(found.values()), document, _tokenizer(arguments))
+
+
+def _role(arguments: argparse.Namespace, role: str) -> Conversion:
+    network, subfolder = ROLES[role]
+    where = getattr(arguments, role)
+    option = f"--{role.replace('_', '-')}"
+    if where is None:
+        if arguments.pipeline is None:
+            raise InputError(f"{option} is needed, or --pipeline" + (", or --text none" if role == "t5" else ""))
+        source = open_source(arguments.pipeline, subfolder=subfolder, variant=arguments.variant)
+    elif (locate(where) / PIPELINE).is_file():
+        source = open_source(where, subfolder=subfolder, variant=arguments.variant)
+    else:
+        source = open_source(where, variant=arguments.variant)
+    found = [(part, family) for part in parts(source) for family in _known(part) if family.network == network]
+    if len(found) != 1:
+        raise InputError(
+            f"{option} {where or arguments.pipeline} holds {len(found) or 'no'} {network} networks, not one"
+        )
+    part, family = found[0]
+    name = {"transformer": "mmdit", "vae": "autoencoder", "robust_vae": "robust_encoder"}.get(role, role)
+    return _prepare(arguments, name, part, encoder_only(family) if role == "robust_vae" else family)
+
+
+def _known(source: Source) -> list[Family]:
+    return [family for family in FAMILIES.values() if any(mark in source for mark in family.marks)]
+
+
+def _tokenizer(arguments: argparse.Namespace) -> Path | None:
+    if arguments.text == "none":
+        return None
+    if arguments.tokenizer is None and arguments.pipeline is None:
+        raise InputError("--tokenizer is needed, or --pipeline, or --text none")
+    folder = locate(arguments.tokenizer) if arguments.tokenizer else locate(arguments.pipeline, "tokenizer_3")
+    if not (folder / "tokenizer_config.json").is_file():
+        raise InputError(f"{folder} is not the folder of a tokenizer: it has no tokenizer_config.json")
+    return folder
+
+
+# --- to PyTorch ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Network:
+    name: str
+    torch_name: str
+    family: Family
+    config: Any
+    arrays: dict[str, Any]
+
+
+def _to_torch(arguments: argparse.Namespace) -> None:
+    for name in ("dtype", "lora", "variant"):
+        if getattr(arguments, name):
+            raise InputError(f"--{name} goes with the way from PyTorch, not with --to-torch")
+    folder = Path(arguments.source)
+    config = read_config(folder)
+    if not arguments.dry_run:
+        verify_sums(folder)
+    networks = _stored_networks(folder, config, arguments.layout)
+    for network in networks:
+        print(f"{network.name}: {network.family.name}, to {network.torch_name}")
+    if arguments.dry_run:
+        return
+    alone = len(networks) == 1 and arguments.layout == "diffusers"
+    with new_folder(arguments.out) as out:
+        for network in networks:
+            original = network.family.layout == "original"
+            place = out if alone else out / f"{network.torch_name}{'.safetensors' if original else ''}"
+            size = sum(array.nbytes for array in network.arrays.values())
+            with _bar(size, network.torch_name) as bar:
+                write_torch(network.family, network.config, network.arrays, place, bar.update)
+            if arguments.verify:
+                _verify_torch(network, place)
+        if (folder / "tokenizer").is_dir():
+            shutil.copytree(folder / "tokenizer", out / "tokenizer_3")
+    print(f"wrote {arguments.out}")
+
+
+def _verify_torch(network: _Network, place: Path) -> None:
+    """The written checkpoint, read as anyone's, must hold our arrays."""
+    source = open_source(place)
+    back = prepare(network.name, parts(source)[0], network.family)
+    for path, pieces in back.plan.pieces.items():
+        for piece in pieces:
+            ours = network.arrays[path] if piece.layer is None else network.arrays[path][piece.layer]
+            if piece.rule.read(back.source[piece.key]).astype(ours.dtype).tobytes() != ours.tobytes():
+                raise InputError(f"{piece.key} does not hold {path} bit for bit")
+    print(f"{network.name}: verified, every array comes back bit for bit")
+
+
+def _stored_networks(folder: Path, config: dict[str, Any], layout: str) -> list[_Network]:
+    if config.get("system") == "networks":
+        configs = {name: from_json(entry["config"], CONFIGS) for name, entry in config["networks"].items()}
+        return [_network(folder, name, settings, layout) for name, settings in configs.items()]
+    settings = from_json(config.get("config"), CONFIGS)
+    if not isinstance(settings, DPIRConfig):
+        raise InputError(f"{folder / 'config.json'} describes the system {config.get('system')!r}, which is not known")
+    names = ["mmdit", "autoencoder", "robust_encoder", "clip_tokens", "clip_embed"] + ["t5"] * (settings.t5 is not None)
+    return [_network(folder, name, getattr(settings, name), layout) for name in names]
+
+
+def _network(folder: Path, name: str, config: Any, layout: str) -> _Network:
+    family = of_network(type(config), layout)
+    if family is None:
+        raise InputError(f"{name} is a {type(config).__name__.removesuffix('Config')}, which PyTorch has no layout for")
+    arrays = mapped(open_source(folder / f"{name}.safetensors").slots)
+    torch_name = family.torch_name if name.startswith(family.network) else name
+    suffix = name.removeprefix(family.network) if name.startswith(family.network) else ""
+    if name == "robust_encoder":  # PyTorch wants a whole autoencoder: E_dr with the decoder that it was trained for
+        arrays = {f"encoder.{path}": array for path, array in arrays.items()}
+        whole = mapped(open_source(folder / "autoencoder.safetensors").slots)
+        arrays |= {path: array for path, array in whole.items() if path.startswith("decoder.")}
+        torch_name = "robust_vae"
+    return _Network(name, torch_name + suffix, family, config, arrays)

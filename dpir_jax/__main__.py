@@ -1,0 +1,7 @@
+"""`python -m dpir_jax` is the `dpir` command."""
+
+import sys
+
+from dpir_jax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,136 @@
+"""Both stages of DPIR's training with a tiny system: what is trained, what it starts from, on one device and on eight."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from dpir_jax import model_folder
+from dpir_jax.errors import InputError
+from dpir_jax.parallel.mesh import MeshConfig, make_mesh
+from dpir_jax.parallel.sharding import put_batch
+from dpir_jax.training.config import TrainConfig
+from dpir_jax.training.dpir_tasks import DiTTask, EncoderTask, sample_crops
+from dpir_jax.training.state import init_state
+from dpir_jax.training.step import make_train_step
+
+PICTURE = {"l1": 1.0, "lpips": 1.0, "adversarial": 0.1, "crop": 32, "net": "alex", "stages": 2}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(4):
+        small = rng.uniform(0, 255, (12, 12, 3)).astype(np.uint8)
+        Image.fromarray(small).resize((96, 96), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage_one(photos, tmp_path_factory):
+    """A task of stage 1, its untrained model, and the folder that it exports."""
+    task = EncoderTask.from_config(
+        {"system": "tiny", "recipes": ("first_order",), "photos": (str(photos),), "picture": PICTURE}
+    )
+    model = task.init(jax.random.key(0))
+    out = tmp_path_factory.mktemp("stage1") / "model"
+    task.export(model, out)
+    return task, model, out
+
+
+@pytest.fixture(scope="module")
+def stage_two(photos, stage_one):
+    return DiTTask.from_config(
+        {
+            "system": "tiny",
+            "recipes": ("first_order",),
+            "photos": (str(photos),),
+            "picture": PICTURE,
+            "init_from": str(stage_one[2]),
+            "local_crop": 32,
+            "train_prompts": True,
+        }
+    )
+
+
+def batch(photos, size=48):
+    crops = sample_crops((str(photos),), 8, size, seed=3)
+    corners = np.random.default_rng(0).integers(0, size - 32 + 1, (8, 2)).astype(np.int32)
+    return {"hq": (crops * 255).astype(np.uint8), "box": corners}
+
+
+def test_stage_one_starts_at_the_fitted_autoencoder(photos, stage_one):
+    task, model, _ = stage_one
+    hq = jnp.asarray(sample_crops((str(photos),), 4, 32, seed=1))
+    fitted = task.restored(model, hq)
+    np.testing.assert_array_equal(fitted, model.autoencoder.decode(model.autoencoder.encode(2 * hq - 1)[0]) / 2 + 0.5)
+    assert float(jnp.mean((fitted - hq) ** 2)) < 0.2 * float(hq.var())
+
+
+def test_stage_two_starts_at_stage_one(stage_one, stage_two):
+    model = stage_two.init(jax.random.key(1))
+    for name in ("autoencoder", "robust_encoder"):
+        theirs, ours = nnx.state(getattr(stage_one[1], name)), nnx.state(getattr(model.system, name))
+        jax.tree.map(np.testing.assert_array_equal, theirs, ours)
+    scale = np.asarray(model.system.residual_scale[...])
+    assert (scale > 0).all()
+    assert not np.allclose(scale, 1)  # measured, not left at its start
+
+
+def test_stage_two_needs_stage_one(photos):
+    with pytest.raises(InputError, match=r"task.init_from"):
+        DiTTask.from_config({"system": "tiny"}).init(jax.random.key(0))
+    with pytest.raises(InputError, match=r"task.colour is not a setting"):
+        EncoderTask.from_config({"colour": 1})
+    with pytest.raises(InputError, match=r"task.picture.vgg is not a setting"):
+        EncoderTask.from_config({"picture": {"vgg": 1}})
+
+
+def three_steps(task, data, mesh_config):
+    config = TrainConfig(steps=3, batch=8, learning_rate=1e-3, mesh=mesh_config)
+    mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.data * mesh_config.fsdp])
+    state, networks, shardings = init_state(task, config, mesh)
+    before = {name: np.asarray(value) for name, value in (state.params | state.frozen).items() if value.dtype == np.float32}
+    step = make_train_step(task, config, networks, mesh, shardings)
+    losses = []
+    for _ in range(3):
+        state, metrics = step(state, put_batch(data, mesh), jax.random.key(5))
+        losses.append(float(metrics["loss"]))
+    moved = {name for name, value in state.params.items() if not np.array_equal(before[name], value)}
+    kept = all(np.array_equal(before[name], value) for name, value in state.frozen.items() if name in before)
+    return losses, moved, kept
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_both_stages_train_the_same_on_one_device_and_on_eight(stage, photos, stage_one, stage_two):
+    task = stage_one[0] if stage == 1 else stage_two
+    data = batch(photos)
+    if stage == 1:
+        data.pop("box")
+    losses, moved, kept = three_steps(task, data, MeshConfig(data=1, fsdp=1))
+    assert kept, "a frozen network changed"
+    assert np.isfinite(losses).all()
+    parts = ("robust_encoder", "discriminator") if stage == 1 else ("mmdit", "clip_tokens", "visual_mlp", "discriminator")
+    for part in parts:
+        assert any(part in name for name in moved), f"nothing in {part} was trained"
+    many, _, _ = three_steps(task, data, MeshConfig(data=2, fsdp=4))
+    np.testing.assert_allclose(many, losses, rtol=1e-5)
+
+
+def test_a_preview_shows_the_steps_side_by_side(photos, stage_two):
+    model = stage_two.init(jax.random.key(1))
+    sheet = jax.jit(stage_two.preview)(model, batch(photos), jax.random.key(0))
+    assert sheet.shape == (8, 32, 4 * 32, 3)
+    lq, encoded, sampled = (sheet[:, :, i * 32 : (i + 1) * 32] for i in range(3))
+    assert not np.allclose(lq, encoded, atol=1e-3)
+    np.testing.assert_allclose(sampled, encoded, atol=1e-3)  # an untrained DiT adds nothing
+
+
+def test_the_exported_system_can_be_loaded(stage_two, tmp_path):
+    stage_two.export(stage_two.init(jax.random.key(1)), tmp_path / "model")
+    config = model_folder.read_config(tmp_path / "model")
+    assert config["system"] == "dpir"
+    assert len(config["residual_scale"]) == 4
