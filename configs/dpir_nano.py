@@ -38,7 +38,7 @@ def get_config(stage: str = "encoder") -> ConfigDict:
         config.batch, config.steps, config.learning_rate = 12, 6000, 1e-3
         crop = global_crop = 96
         if stage == "control":
-            config.learning_rate = 3e-4
+            config.steps, config.learning_rate, config.decay_steps = 4500, 3e-4, 1500
     elif stage == "dit":
         config.task_type = "dpir_jax.training.dpir_tasks:DiTTask"
         config.task = ConfigDict({"system": "nano", "recipes": ("realesrgan", "light"), "picture": picture})
@@ -48,7 +48,8 @@ def get_config(stage: str = "encoder") -> ConfigDict:
         config.task.train_prompts = True
         config.task.description = "DPIR at a small size, for photos x4 on a CPU"
         config.task.restore = {"steps": 4, "guidance": 1.0}
-        config.batch, config.steps, config.learning_rate = 8, 4000, 1e-3
+        config.batch, config.steps, config.learning_rate = 8, 3000, 5e-4
+        config.decay_steps = 1000
         crop, global_crop = 128, 160
     else:
         raise ValueError(f"stage is {stage!r}; it must be encoder, dit or control")

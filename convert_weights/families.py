@@ -13,18 +13,11 @@ from convert_weights.readers import Source
 from dpir_jax.errors import InputError
 from dpir_jax.models.autoencoder import Autoencoder, AutoencoderConfig, Encoder
 from dpir_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
-from dpir_jax.models.mmdit import LQBranchConfig, MMDiT, MMDiTConfig
-from dpir_jax.models.patch_autoencoder import PatchAutoencoderConfig
+from dpir_jax.models.mmdit import MMDiT, MMDiTConfig
 from dpir_jax.models.t5 import T5Config, T5Encoder
-from dpir_jax.systems.dpir import DPIRConfig
+from dpir_jax.systems import dpir_folder
 
-CONFIGS = {
-    cls.__name__: cls
-    for cls in (
-        *(AutoencoderConfig, CLIPTextConfig, CLIPVisionConfig, DPIRConfig, LQBranchConfig, MMDiTConfig),
-        *(PatchAutoencoderConfig, T5Config),
-    )
-}
+CONFIGS = dpir_folder.CONFIGS | {CLIPTextConfig.__name__: CLIPTextConfig}
 
 
 @dataclasses.dataclass(frozen=True)

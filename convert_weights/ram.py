@@ -4,23 +4,8 @@ The files hold a dictionary whose `model` entry is the state dict. `DAPE.pth` ho
 RAM's. Captioning (`tag_encoder`, `text_decoder`) is left out; constant buffers are recomputed.
 """
 
-import dataclasses
-
-import numpy as np
-
 from convert_weights.engine import LINEAR, Rule, conv, linear, norm
 from dpir_jax.models.ram import RAMConfig
-
-
-@dataclasses.dataclass(frozen=True)
-class Scalar:
-    """A single number, which some files keep in a vector of one."""
-
-    def forward(self, array: np.ndarray) -> np.ndarray:
-        return array.reshape(())
-
-    def inverse(self, array: np.ndarray) -> np.ndarray:
-        return array
 
 
 def _lora(source: str, target: str, layers: range | None = None) -> tuple[Rule, ...]:
@@ -80,7 +65,7 @@ def rules(config: RAMConfig) -> tuple[Rule, ...]:
         *_swin(config),
         *linear("image_proj", "image_proj"),
         Rule("label_embed", "label_embed"),
-        Rule("reweight_scale", "reweight_scale", Scalar()),
+        Rule("reweight_scale", "reweight_scale"),
         *linear("wordvec_proj", "wordvec_proj"),
         *_head("tagging_head"),
         *_head("vision_multi"),  # the head's name in early files

@@ -78,6 +78,9 @@ class Source(Mapping[str, np.ndarray]):
     def __getitem__(self, key: str) -> np.ndarray:
         return self.slots[key].read()
 
+    def __contains__(self, key: object) -> bool:
+        return key in self.slots  # the mapping's own would read the tensor
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.slots)
 

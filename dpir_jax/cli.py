@@ -20,8 +20,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="dpir", description="Restore degraded photographs with diffusion models, in JAX."
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for add in (_add_restore, _add_degrade, _add_evaluate, _add_train, _add_export, _add_models):
+    for add in (_add_restore, _add_degrade, _add_evaluate, _add_train, _add_export, _add_convert, _add_models):
         add(verbs)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["convert"]:  # a command of its own, with all that follows
+        return _convert(argv[1:])
     arguments, extra = parser.parse_known_args(argv)
     if extra and arguments.verb != "train":  # `train` passes --config.field=value on to the recipe
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
@@ -250,6 +253,19 @@ def _export(arguments: argparse.Namespace) -> int:
     step = export(Path(arguments.workdir), Path(arguments.out), raw=arguments.raw)
     print(f"wrote step {step} of {arguments.workdir} to {arguments.out}")
     return 0
+
+
+# --- convert ---------------------------------------------------------------------------------------------------------
+
+
+def _add_convert(verbs: argparse._SubParsersAction) -> None:
+    verbs.add_parser("convert", help="turn PyTorch weights into a model folder, or back; = python -m convert_weights")
+
+
+def _convert(argv: Sequence[str]) -> int:
+    from convert_weights.command import main as convert
+
+    return convert(argv, prog="dpir convert")
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

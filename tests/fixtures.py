@@ -83,7 +83,9 @@ class Fixture:
 
 
 def _ruled(seed: str, shape: tuple[int, ...], key: str) -> np.ndarray:
-    array = np.random.default_rng(zlib.crc32(seed.encode())).standard_normal(shape).astype(np.float32) * np.float32(0.02)
+    array = np.random.default_rng(zlib.crc32(seed.encode())).standard_normal(shape).astype(np.float32) * np.float32(
+        0.02
+    )
     return array + np.float32(1) if key.endswith(".weight") and len(shape) == 1 else array
 
 

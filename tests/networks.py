@@ -45,5 +45,5 @@ def assert_same_tensors(got: dict[str, np.ndarray], expected: dict[str, np.ndarr
 
 
 def quick_jit(function: Callable) -> Callable:
-    """`jax.jit` for a network of many different layers that runs once or twice: compiled in half the time, runs slower."""
+    """`jax.jit` for a network of many different layers that runs once or twice: compiles in half the time."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})

@@ -82,6 +82,7 @@ def test_the_library_imports_no_converter_and_no_recipe():
     wrong = [
         (str(path.relative_to(ROOT)), name)
         for path in sorted((ROOT / "dpir_jax").rglob("*.py"))
+        if path.stem not in TOP  # the command hands `dpir convert` on
         for name in imported_modules(path)
         if name.split(".")[0] in {"convert_weights", "configs", "tests"}
     ]

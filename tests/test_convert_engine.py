@@ -11,6 +11,7 @@ from convert_weights.engine import Rule, export, fused, leaves, linear, load_int
 from convert_weights.layouts import ADALN_SWAP, CONV, IDENTITY, LINEAR, POINTWISE, Chain, Patches, Permute, Reshape
 from dpir_jax.errors import InputError
 from dpir_jax.models.layers import dense, layer_norm, stack
+from tests.networks import random_network
 
 
 class Net(nnx.Module):
@@ -90,7 +91,7 @@ def test_round_trip_through_an_abstract_network(tensors):
 
 
 def test_loading_leaves_the_given_network_alone(tensors):
-    net = Net(rngs=nnx.Rngs(0))
+    net = random_network(lambda: Net(rngs=nnx.Rngs(0)))
     before = np.asarray(net.norm.scale)
     load_into(net, tensors, RULES)
     assert np.array_equal(net.norm.scale, before)
@@ -187,4 +188,4 @@ def test_a_parameter_without_a_rule_is_an_error_both_ways(tensors):
     with pytest.raises(InputError, match=r"heads\.0\.bias \(no rule\)"):
         load_into(abstract(), tensors, rules)
     with pytest.raises(InputError, match=r"no rule of the table writes heads\.0\.bias"):
-        export(Net(rngs=nnx.Rngs(0)), rules)
+        export(random_network(lambda: Net(rngs=nnx.Rngs(0))), rules)

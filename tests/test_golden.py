@@ -14,10 +14,7 @@ import pytest
 from tests import golden_checks
 from tests.fixtures import Fixture, golden_dir
 
-NOT_BUILT = {  # DaLPSR's networks and the large quality networks
-    *("sd2_blocks sd2_schedule sd2_unet_large sd2_unet_small controlnet dape llava ram ram_plus seesr_controlnet".split()),
-    *("seesr_tiles seesr_unet tagger_losses iqa_clipiqa iqa_liqe iqa_maniqa iqa_musiq".split()),
-}
+NOT_BUILT = {*"iqa_clipiqa iqa_liqe iqa_maniqa iqa_musiq".split()}  # the large quality networks
 CHECKS = {}
 for module in pkgutil.iter_modules(golden_checks.__path__):
     CHECKS |= importlib.import_module(f"tests.golden_checks.{module.name}").CHECKS
@@ -27,8 +24,6 @@ FILES = sorted(path for path in golden_dir().glob("*.safetensors") if path.stem 
 
 def test_the_folder_holds_fixtures():
     assert FILES, f"no fixtures in {golden_dir()}"
-
-
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -87,7 +87,7 @@ def test_published_sizes(name, count, tensors, runs):
 
 def test_other_sizes():
     assert round(parameters(abstract(MMDiTConfig.sd35_large())) / 1e7) == 806
-    assert 4e6 < parameters(abstract(MMDiTConfig.nano())) < 6e6
+    assert 4 * parameters(abstract(MMDiTConfig.nano())) < 30e6  # bytes in the package
 
 
 def test_program_does_not_grow_with_depth(given):

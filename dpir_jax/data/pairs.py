@@ -14,7 +14,6 @@ from dpir_jax.files import write_json
 from dpir_jax.images import find_photos, read_pixels, to_float, write_png
 
 MAX_MEGAPIXELS = 9  # of an uncropped photo: the degradation holds some 40 float copies of it at once
-_degrade = jax.jit(degrade, static_argnames="recipe")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +65,7 @@ def degrade_folder(
             if name in parameters:
                 raise InputError(f"{path} would overwrite the pair of another photo of the same name")
             hq = _cut(path, recipe.scale, crop)
-            lq, plan = _degrade(jax.random.fold_in(jax.random.key(seed), i), to_float(hq)[None], recipe=recipe)
+            lq, plan = degrade(jax.random.fold_in(jax.random.key(seed), i), to_float(hq)[None], recipe)
             _write_pair(out, f"{name}.png", np.asarray(lq[0]), hq)
         except InputError as error:
             failed.append(str(error))

@@ -5,6 +5,8 @@ Operators of this package work on the planes `[C, H, W]` of one sample. Where a 
 lies beyond it in the result means nothing.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -82,6 +84,7 @@ def blur_matrix(size: int, radius: int) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
+@partial(jax.jit, static_argnames="radius")
 def sharpen(
     image: Float[Array, "B H W C"], *, radius: int = 25, weight: float = 0.5, threshold: float = 10.0
 ) -> Float[Array, "B H W C"]:

@@ -38,14 +38,16 @@ Planes = Float[Array, "3 H W"]
 Size = tuple[jax.Array, jax.Array]
 
 
+@partial(jax.jit, static_argnames="recipe")
 def degrade(
     key: Key[Array, ""], hq: Float[Array, "B H W 3"], recipe: Recipe
 ) -> tuple[Float[Array, "B H//scale W//scale 3"], Plan]:
-    """Draws a plan and applies it: `(lq, plan)`. Pure; jit it with `recipe` static."""
+    """Draws a plan and applies it: `(lq, plan)`. Compiled once per recipe and shape."""
     plan = draw_plan(key, recipe, *hq.shape[:3])
     return apply_plan(plan, hq, recipe), plan
 
 
+@partial(jax.jit, static_argnames="recipe")
 def apply_plan(plan: Plan, hq: Float[Array, "B H W 3"], recipe: Recipe) -> Float[Array, "B H//scale W//scale 3"]:
     """Degrades pictures in [0, 1] as `plan` says; the result has 8-bit values in [0, 1].
 

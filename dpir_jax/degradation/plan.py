@@ -60,10 +60,11 @@ class Plan:
     jpeg_last: Bool[Array, "*B"]  # whether the last resize and filter come before the last JPEG
 
 
+@partial(jax.jit, static_argnames=("recipe", "batch"))
 def draw_plan(key: Key[Array, ""], recipe: Recipe, batch: int, height: int, width: int) -> Plan:
     """Draws `batch` independent plans. A sample's draws depend on `key` and its place in the batch alone.
 
-    `height` and `width` of the high-resolution pictures fix nothing that is drawn: sizes follow from the scales.
+    `height` and `width` of the high-resolution pictures fix nothing that is drawn: scales are, and sizes follow.
     """
     del height, width
     return jax.vmap(partial(_draw, recipe))(jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(batch)))

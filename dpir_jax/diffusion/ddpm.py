@@ -12,7 +12,7 @@ network sees now, the one that it saw a step before (x_-) and fresh noise n:
     z <- p z + q (x_0 + c (x_0 - x_-)) + d n                             (4)
     p = sqrt(s'^2 - d^2) / s,    q = a' - p a                            (5)
     d = eta s' / s sqrt(1 - a^2 / a'^2)                                  (6)  DDIM, arXiv 2010.02502, equation 16
-    c = h / (2 h_-),    h = l' - l,    l = log(a / s)                    (7)  DPM-Solver++ 2M, arXiv 2211.01095, algorithm 2
+    c = h / (2 h_-),    h = l' - l,    l = log(a / s)                    (7)  DPM-Solver++ 2M, arXiv 2211.01095, alg. 2
 
 DDIM is c = 0; with eta = 1 it is DDPM with its smaller posterior variance. DPM-Solver++ is eta = 0, c = 0 in the first
 and last step. UniPC (arXiv 2302.04867, B(h) = e^h - 1, second order) predicts like DPM-Solver++ and corrects the state
@@ -67,7 +67,7 @@ class Table(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class DDPMSchedule:
-    """`prediction`: what the network was trained to predict; betas from `beta_start` to `beta_end`, evenly in the root."""
+    """`prediction`: what the network predicts; betas run from `beta_start` to `beta_end`, evenly in their root."""
 
     prediction: Prediction = "epsilon"
     beta_start: float = 0.00085
@@ -89,7 +89,7 @@ class DDPMSchedule:
         alpha, sigma = (jnp.asarray(np.sqrt(x), jnp.float32) for x in (share, 1 - share))
         return alpha[timestep], sigma[timestep]
 
-    # --- training ------------------------------------------------------------------------------------------------------
+    # --- training ----------------------------------------------------------------------------------------------------
 
     def noised(
         self, x0: Float[Array, "B ..."], noise: Float[Array, "B ..."], timestep: Int[Array, " B"]
@@ -111,7 +111,7 @@ class DDPMSchedule:
         """What the network is to predict."""
         return noise if self.prediction == "epsilon" else self.velocity(x0, noise, timestep)
 
-    # --- sampling ------------------------------------------------------------------------------------------------------
+    # --- sampling ----------------------------------------------------------------------------------------------------
 
     def x0(
         self, output: Float[Array, "..."], z: Float[Array, "..."], alpha: float | Array, sigma: float | Array
@@ -120,7 +120,7 @@ class DDPMSchedule:
         return (z - sigma * output) / alpha if self.prediction == "epsilon" else alpha * z - sigma * output
 
     def ddpm_table(self, steps: int | Int[Array, ""], size: int = MAX_STEPS) -> Table:
-        """Ancestral sampling: DDPM, posterior variance "fixed small". `steps` (at most `size`) may be traced, as below."""
+        """DDPM with posterior variance ("fixed small"). `steps`, at most `size`, may be traced, here and below."""
         return self._table(steps, *self._leading(steps, size), end=(1.0, 0.0), eta=1.0)
 
     def ddim_table(self, steps: int | Int[Array, ""], size: int = MAX_STEPS, *, eta: float = 0.0) -> Table:

@@ -32,13 +32,6 @@ def scan_steps(step: Callable[[State, Row], State], state: State, table: Row, st
     return jax.lax.scan(body, state, (jnp.arange(size), table))[0]
 
 
-def euler_step(
-    z: Float[Array, "..."], velocity: Float[Array, "..."], sigma: float | Array, sigma_next: float | Array
-) -> Float[Array, "..."]:
-    """Equation (1). Works on NumPy arrays too: a tiled photo's canvas stays on the host."""
-    return z + (sigma_next - sigma) * velocity
-
-
 def euler(
     velocity: Callable[[Float[Array, "B ..."], Float[Array, "B"]], Float[Array, "B ..."]],
     z: Float[Array, "B ..."],
@@ -57,6 +50,6 @@ def euler(
     def step(z: Array, row: tuple[Array, Array]) -> Array:
         sigma, sigma_next = row
         v = velocity(z, jnp.broadcast_to(sigma, z.shape[:1]))
-        return euler_step(z, v.astype(jnp.float32), sigma, sigma_next)
+        return z + (sigma_next - sigma) * v.astype(jnp.float32)  # equation (1)
 
     return scan_steps(step, z.astype(jnp.float32), (sigmas[:-1], sigmas[1:]), steps)

@@ -41,7 +41,8 @@ def _check(config: "CLIPVisionConfig | CLIPTextConfig") -> None:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig:
-    """Sizes of a vision tower; `projection`: width of the image embedding shared with the text tower."""
+    """Sizes of a vision tower; `projection`: width of the image embedding shared with the text tower, None for a tower
+    that is only read before it (`hidden`)."""
 
     image_size: int = 224
     patch_size: int = 32
@@ -49,7 +50,7 @@ class CLIPVisionConfig:
     layers: int = 12
     heads: int = 12
     mlp_width: int = 3072
-    projection: int = 512
+    projection: int | None = 512
     activation: str = "quick_gelu"
 
     def __post_init__(self) -> None:
@@ -165,7 +166,8 @@ class CLIPVision(nnx.Module):
         self.norm_in = layer_norm(width, epsilon=EPSILON, **options)
         self.blocks = stack(lambda r: Block(config, rngs=r, precision=precision), config.layers, rngs)
         self.norm_out = layer_norm(width, epsilon=EPSILON, **options)
-        self.projection = dense(width, config.projection, "dc", bias=False, **options)
+        projection = config.projection
+        self.projection = None if projection is None else dense(width, projection, "dc", bias=False, **options)
 
     def embed(self, pixels: Float[Array, "B S S 3"]) -> Float[Array, "B T W"]:
         """What the first block sees: class token, then patches row by row."""
@@ -177,12 +179,16 @@ class CLIPVision(nnx.Module):
         x = jnp.concatenate([token.astype(patches.dtype), patches], axis=1) + self.position_embedding[...]
         return self.norm_in(x).astype(self.dtype)
 
+    def hidden(self, pixels: Float[Array, "B S S 3"]) -> Float[Array, "B T W"]:
+        """The tokens after the last block, not normed."""
+        return scan_blocks(self.blocks, self.embed(pixels), lambda block, x: block(x))
+
     def __call__(self, pixels: Float[Array, "B S S 3"]) -> tuple[Float[Array, "B T W"], Float[Array, "B E"]]:
         """Pixels from `clip_preprocess` -> tokens before the last norm, and the image embedding, not normalised.
 
         Both float32; T = (S / patch)^2 + 1, the class token first.
         """
-        x = scan_blocks(self.blocks, self.embed(pixels), lambda block, x: block(x))
+        x = self.hidden(pixels)
         image_embeds = self.projection(self.norm_out(x[:, 0]))
         return x.astype(jnp.float32), image_embeds.astype(jnp.float32)
 

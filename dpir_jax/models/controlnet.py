@@ -8,6 +8,7 @@ image attention, of cswry/SeeSR.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ zero = nnx.initializers.zeros_init()
 class ControlNetConfig:
     """`unet`: sizes of the trunk; `hint_channels`: widths of the hint's convolutions, which halve between them."""
 
-    unet: UNetConfig = UNetConfig()
+    unet: UNetConfig = dataclasses.field(default_factory=UNetConfig)
     hint_channels: tuple[int, ...] = (16, 32, 96, 256)
 
     def __post_init__(self) -> None:
@@ -62,7 +63,7 @@ class Hint(nnx.Module):
         widths, make = config.hint_channels, {"rngs": rngs, "precision": precision}
         self.conv_in = conv(3, widths[0], 3, padding=1, **make)
         self.same = nnx.List(conv(width, width, 3, padding=1, **make) for width in widths[:-1])
-        self.down = nnx.List(conv(i, o, 3, stride=2, padding=1, **make) for i, o in zip(widths, widths[1:]))
+        self.down = nnx.List(conv(i, o, 3, stride=2, padding=1, **make) for i, o in itertools.pairwise(widths))
         self.conv_out = conv(widths[-1], config.unet.block_out_channels[0], 3, padding=1, init=zero, **make)
 
     def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B h w D"]:
@@ -116,20 +117,21 @@ class ControlNet(nnx.Module):
 
 
 def guess_strengths(control: Control) -> Float[np.ndarray, " n+1"]:
-    """Guess mode's strengths for `Control.scaled`: from 0.1 at the finest state to 1 in the middle, evenly in the log."""
+    """Guess mode's strengths for `Control.scaled`: from 0.1 at the first state to 1 in the middle, even in the log."""
     return np.logspace(-1, 0, len(control.skips) + 1, dtype=np.float32)
 
 
 def start_from(control: ControlNet, unet: UNet) -> ControlNet:
-    """A ControlNet whose trunk is the UNet's, as training starts; image attention that the UNet lacks stays as it is."""
-    graphdef, state = nnx.split(control.trunk)
-    theirs = dict(nnx.to_flat_state(nnx.state(unet.trunk)))
-    flat = [(path, theirs.get(path, variable)) for path, variable in nnx.to_flat_state(state)]
-    unfit = [
-        path for path, variable in flat if path in theirs and variable.shape != dict(state.flat_state())[path].shape
-    ]
-    if unfit or not theirs.keys() <= {path for path, _ in flat}:
-        raise InputError("the trunks of the ControlNet and of the UNet differ in their sizes")
-    graph, parts = nnx.split(control)
-    parts["trunk"] = nnx.from_flat_state(flat)
-    return nnx.merge(graph, jax.tree.map(jnp.asarray, parts))
+    """The ControlNet with a copy of the UNet's trunk, as training starts; image attention that the UNet lacks stays.
+
+    Raises:
+      InputError: the trunks differ in size.
+    """
+    graphdef, state = nnx.split(control)
+    flat = nnx.to_flat_state(state)
+    wanted = {path: variable.get_value().shape for path, variable in flat}
+    theirs = {("trunk", *path): variable for path, variable in nnx.to_flat_state(nnx.state(unet.trunk))}
+    if any(wanted.get(path) != variable.get_value().shape for path, variable in theirs.items()):
+        raise InputError("the ControlNet and the UNet differ in the sizes of their trunks")
+    copied = [(path, v.replace(jnp.copy(theirs[path].get_value())) if path in theirs else v) for path, v in flat]
+    return nnx.merge(graphdef, nnx.from_flat_state(copied))

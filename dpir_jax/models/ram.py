@@ -9,8 +9,8 @@ RAM++ has several descriptions per tag and weighs them anew for every picture, w
 
     label = sum_j softmax_j(exp(tau) c . d_j) d_j
 
-DAPE (SeeSR, arXiv 2311.16518, section 3.2) is RAM with LoRA on queries and values of the Swin and on queries and keys of
-the head, trained so that a degraded picture looks like its original. Sources: Zhang et al., arXiv 2306.03514; Huang et
+DAPE (SeeSR, arXiv 2311.16518, section 3.2) is RAM with LoRA on queries and values of the Swin and on queries and keys
+of the head, trained so that a degraded picture looks like its original. Sources: Zhang et al., arXiv 2306.03514; Huang et
 al., arXiv 2310.15200; xinyu1205/recognize-anything (Apache-2.0); cswry/SeeSR (Apache-2.0).
 """
 
@@ -49,7 +49,7 @@ class RAMConfig:
       lora_rank: of the adaptation, of Swin and head alike; 0 for none.
     """
 
-    swin: SwinConfig = SwinConfig()  # noqa: RUF009 - frozen
+    swin: SwinConfig = dataclasses.field(default_factory=SwinConfig)
     tags: int = 4585
     descriptions: int = 1
     embed_width: int = 512
@@ -134,7 +134,7 @@ class RAM(nnx.Module):
         self.fc = dense(config.head_width, 1, "d_", **make)
 
     def embed(self, pixels: Float[Array, "B S S 3"]) -> Float[Array, "B T E"]:
-        """Pixels from `ram_preprocess` -> image tokens, the mean first; float32. The image context of SeeSR's networks."""
+        """Pixels from `ram_preprocess` -> image tokens, the mean first, float32: the image context of SeeSR."""
         return self.image_proj(self.visual_encoder(pixels)).astype(jnp.float32)
 
     def labels(self, embeds: Float[Array, "B T E"]) -> Float[Array, "B or 1 Q E"]:
@@ -200,7 +200,8 @@ def asymmetric_loss(
     Args:
       logits: one per tag.
       targets: 1 for the tags that are there.
-      gamma_negative, gamma_positive: of the damping.
+      gamma_negative: of the damping where a tag is not there.
+      gamma_positive: and where it is.
       clip: the shift.
       epsilon: below which a probability is cut before its logarithm.
       focus_gradient: lets the gradient through the damping.

@@ -1,10 +1,10 @@
 """Swin transformer (Liu et al., arXiv 2103.14030): attention within windows that shift by half from block to block.
 
     block    x + attention(LN x) within w x w windows, biased by a table of relative positions;  x + W2 gelu(W1 LN x)
-    stage    blocks in pairs (plain, shifted), then patch merging: four neighbours side by side, LN, linear, half the grid
+    stage    blocks in pairs (plain, shifted), then patch merging: four neighbours side by side, LN, linear
 
-A grid no larger than a window is one window, and does not shift. Semantics of the encoder in xinyu1205/recognize-anything
-(Apache-2.0), with SeeSR's LoRA on queries and values.
+A grid no larger than a window is one window, and does not shift. Semantics of the encoder in
+xinyu1205/recognize-anything (Apache-2.0), with SeeSR's LoRA on queries and values.
 """
 
 import dataclasses
@@ -121,7 +121,7 @@ class Block(nnx.Module):
         self.fc2 = dense(MLP_RATIO * width, width, "fd", **make)
 
     def __call__(self, x: Grid, shifted: bool) -> Grid:
-        batch, grid, _, width = x.shape
+        batch, grid = x.shape[:2]
         w, shift = self.window, self.window // 2 if shifted and grid > self.window else 0
         y = jnp.roll(self.norm1(x), (-shift, -shift), (1, 2))
         y = rearrange(y, "b (y i) (x j) c -> (b y x) (i j) c", i=w, j=w)

@@ -7,9 +7,9 @@
     transformer   x + P_out(t),  t = P_in(GN(x)) ; t += self-attention(LN t) ; t += cross-attention(LN t, context) ;
                   t += W2 (h gelu(g)),  [h, g] = W1 LN t
 
-A ControlNet (`models/controlnet.py`) has the same trunk; what it adds to skips and middle comes in as `Control`. The widths
-of an up path change with the skips and a level has two or three layers, so nothing here is worth stacking.
-Shapes and semantics follow `UNet2DConditionModel` of diffusers (Apache-2.0) with the configuration of Stable Diffusion 2
+A ControlNet (`models/controlnet.py`) has the same trunk; what it adds to skips and middle comes in as `Control`. On the
+way up every layer has another input width, and a level has two or three layers, so nothing here is worth stacking.
+Shapes and semantics follow `UNet2DConditionModel` of diffusers (Apache-2.0) as Stable Diffusion 2 configures it
 (Rombach et al., arXiv 2112.10752), and the UNet of cswry/SeeSR (arXiv 2311.16518, section 3.3).
 """
 
@@ -142,7 +142,7 @@ class Control(NamedTuple):
 
 
 class ResidualBlock(nnx.Module):
-    """x + conv(silu(norm(conv(silu(norm x)) + W silu(time)))), a 1x1 convolution on the way past if the width changes."""
+    """x + conv(silu(norm(conv(silu(norm x)) + W silu(time)))); a 1x1 convolution on x where the width changes."""
 
     def __init__(
         self, inner: int, outer: int, time_dim: int, groups: int, *, rngs: nnx.Rngs, precision: Precision = FLOAT32
@@ -162,7 +162,7 @@ class ResidualBlock(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of tokens to a context (themselves: `context_dim` = `width`); only the way out has a bias."""
+    """Multi-head attention of tokens to a context or themselves; only the way out has a bias."""
 
     def __init__(self, width: int, context_dim: int, heads: int, *, rngs: nnx.Rngs, precision: Precision) -> None:
         make, letter = {"rngs": rngs, "precision": precision}, "d" if context_dim == width else "c"

@@ -109,7 +109,9 @@ def _check_sampling(fixture, schedule, case, z, plan, given, expected) -> None:
         if plan is None:
             output = _stand_in(z[None], case["guidance"])[0]
         else:
-            output = tiling.blend_tiles(lambda numbers, z=z: _stand_in(plan.crop(z, numbers), case["guidance"]), plan, 4)
+            output = tiling.blend_tiles(
+                lambda numbers, z=z: _stand_in(plan.crop(z, numbers), case["guidance"]), plan, 4
+            )
         if k == 0:
             near = fixture.tolerance("noise_pred")
             np.testing.assert_allclose(output, nhwc(expected["noise_pred_first"])[0], **near)

@@ -15,7 +15,6 @@ from tests.fixtures import Fixture, nhwc
 
 _gaussian_kernel = jax.jit(gaussian_kernel, static_argnames="width")
 _sinc_kernel = jax.jit(sinc_kernel, static_argnames="width")
-_sharpen = jax.jit(sharpen, static_argnames="radius")
 _filter2d = jax.jit(jax.vmap(filter2d))
 _poisson_rate = jax.jit(poisson_rate)
 
@@ -75,7 +74,7 @@ def _check_usm(fixture: Fixture) -> None:
     for key in (key for key in fixture.keys if key.startswith("output/usm/") and not key.endswith("kernel_1d")):
         name, *changed = key.removeprefix("output/usm/").split("_")
         settings = {"w": config["weight"], "t": config["threshold"]} | {part[0]: float(part[1:]) for part in changed}
-        got = _sharpen(nhwc(fixture[f"input/{name}"]), radius=radius, weight=settings["w"], threshold=settings["t"])
+        got = sharpen(nhwc(fixture[f"input/{name}"]), radius=radius, weight=settings["w"], threshold=settings["t"])
         np.testing.assert_allclose(got, nhwc(fixture[key]), **fixture.tolerance("usm"))
 
 
@@ -160,7 +159,7 @@ def check_chain(fixture: Fixture) -> None:
         name = case["name"]
         inputs, outputs = fixture.under(f"input/{name}"), fixture.under(f"output/{name}")
         image = outputs["gt_usm"]
-        np.testing.assert_allclose(_sharpen(nhwc(inputs["gt"])), nhwc(image), **tolerance)
+        np.testing.assert_allclose(sharpen(nhwc(inputs["gt"])), nhwc(image), **tolerance)
         for step in case["steps"]:
             stem = f"step{step['step']:02d}"
             want = outputs[f"{stem}_{step['op']}"]
