@@ -1,4 +1,4 @@
-"""Quality of models on the validation photos: 512 crops, x4, light and heavy recipe, fixed seeds, by the `dpir` commands.
+"""Quality on the validation photos: 512 crops, x4, light and heavy recipe, fixed seeds, by the `dpir` commands.
 
     python benchmarks/nano_quality.py --photos ../shared/photos/val --out runs/quality
     python benchmarks/nano_quality.py ... --encoder control=runs/control/model --steps 1 4 10 --json table.json

@@ -2,7 +2,8 @@
 
     dpir train  --config configs/dpir_nano.py:encoder --workdir runs/nano_encoder
     dpir export --workdir runs/nano_encoder --out runs/nano_encoder/model
-    dpir train  --config configs/dpir_nano.py:dit --workdir runs/nano_dit --config.task.init_from=runs/nano_encoder/model
+    dpir train  --config configs/dpir_nano.py:dit --workdir runs/nano_dit \\
+        --config.task.init_from=runs/nano_encoder/model
     dpir export --workdir runs/nano_dit --out runs/dpir-nano
 
     dpir train  --config configs/dpir_nano.py:control ...      E_dr trained on for as long as the DiT: the control

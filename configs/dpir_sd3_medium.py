@@ -1,11 +1,13 @@
 """DPIR at the published size: SD3-medium, ViT-B/32, OpenCLIP bigG, T5-XXL; two stages on a mesh of accelerators.
 
-    python -m convert_weights ...                               the published networks as a model folder (docs/weights.md)
-    dpir train  --config configs/dpir_sd3_medium.py:encoder --workdir runs/encoder --config.task.init_from=models/sd3
+    python -m convert_weights ...              the published networks as a model folder (docs/weights.md)
+    dpir train  --config configs/dpir_sd3_medium.py:encoder --workdir runs/encoder \\
+        --config.task.init_from=models/sd3
     dpir export --workdir runs/encoder --out runs/encoder/model
-    dpir train  --config configs/dpir_sd3_medium.py:dit --workdir runs/dit --config.task.init_from=runs/encoder/model
+    dpir train  --config configs/dpir_sd3_medium.py:dit --workdir runs/dit \\
+        --config.task.init_from=runs/encoder/model
 
-What the paper (arXiv 2504.17825) and the authors' code leave open is marked OPEN, with where the number here comes from.
+What the paper (arXiv 2504.17825) and the authors' code leave open is marked OPEN, with the source of the number here.
 Never run here: there was no accelerator to run it on.
 """
 

@@ -46,7 +46,10 @@ def run(out: Path = OUT) -> str:
     bar.close()
     write_png(out / "comparison.png", contact_sheet(rows, ("bicubic", "dpir-nano", "original"), cell=384))
     mean = ("mean", *np.mean([line[1:] for line in lines], axis=0))
-    table = ["                 LPIPS (lower is better)    PSNR-Y, dB", "photo            bicubic  dpir-nano    bicubic  dpir-nano  seconds"]
+    table = [
+        "                 LPIPS (lower is better)    PSNR-Y, dB",
+        "photo            bicubic  dpir-nano    bicubic  dpir-nano  seconds",
+    ]
     table += [
         f"{name:<15}  {lpips_0:7.3f}  {lpips_1:9.3f}    {psnr_0:7.2f}  {psnr_1:9.2f}  {seconds:7.1f}"
         for name, lpips_0, psnr_0, lpips_1, psnr_1, seconds in (*lines, mean)

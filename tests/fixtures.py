@@ -64,7 +64,7 @@ class Fixture:
     def under(self, prefix: str) -> dict[str, np.ndarray]:
         """All tensors below `prefix/`, keyed by the rest of their name."""
         with safe_open(self.path, "np") as file:
-            return {key[len(prefix) + 1 :]: file.get_tensor(key) for key in file.keys() if key.startswith(prefix + "/")}
+            return {key[len(prefix) + 1 :]: file.get_tensor(key) for key in self.keys if key.startswith(prefix + "/")}
 
     def weights(self) -> dict[str, np.ndarray]:
         """The PyTorch state dict: stored, or made by the file's rule (README, `weight_shapes`)."""

@@ -1,4 +1,4 @@
-"""Both stages of DPIR's training with a tiny system: what is trained, what it starts from, on one device and on eight."""
+"""Both stages of DPIR's training with a tiny system: what is trained, what it starts from, on one and eight devices."""
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,8 @@ def three_steps(task, data, mesh_config):
     config = TrainConfig(steps=3, batch=8, learning_rate=1e-3, mesh=mesh_config)
     mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.data * mesh_config.fsdp])
     state, networks, shardings = init_state(task, config, mesh)
-    before = {name: np.asarray(value) for name, value in (state.params | state.frozen).items() if value.dtype == np.float32}
+    arrays = (state.params | state.frozen).items()
+    before = {name: np.asarray(value) for name, value in arrays if value.dtype == np.float32}
     step = make_train_step(task, config, networks, mesh, shardings)
     losses = []
     for _ in range(3):
@@ -113,8 +114,8 @@ def test_both_stages_train_the_same_on_one_device_and_on_eight(stage, photos, st
     losses, moved, kept = three_steps(task, data, MeshConfig(data=1, fsdp=1))
     assert kept, "a frozen network changed"
     assert np.isfinite(losses).all()
-    parts = ("robust_encoder", "discriminator") if stage == 1 else ("mmdit", "clip_tokens", "visual_mlp", "discriminator")
-    for part in parts:
+    parts = {1: ("robust_encoder", "discriminator"), 2: ("mmdit", "clip_tokens", "visual_mlp", "discriminator")}
+    for part in parts[stage]:
         assert any(part in name for name in moved), f"nothing in {part} was trained"
     many, _, _ = three_steps(task, data, MeshConfig(data=2, fsdp=4))
     np.testing.assert_allclose(many, losses, rtol=1e-5)

@@ -6,7 +6,6 @@ listed below as belonging to a network that is not built yet fails: nothing is s
 
 import importlib
 import pkgutil
-from pathlib import Path
 
 import jax
 import pytest
@@ -14,7 +13,7 @@ import pytest
 from tests import golden_checks
 from tests.fixtures import Fixture, golden_dir
 
-NOT_BUILT = {*"iqa_clipiqa iqa_liqe iqa_maniqa iqa_musiq".split()}  # the large quality networks
+NOT_BUILT = {"iqa_clipiqa", "iqa_liqe", "iqa_maniqa", "iqa_musiq"}  # the large quality networks
 CHECKS = {}
 for module in pkgutil.iter_modules(golden_checks.__path__):
     CHECKS |= importlib.import_module(f"tests.golden_checks.{module.name}").CHECKS

@@ -19,6 +19,7 @@ from dpir_jax.models.precision import FLOAT32, Precision
 
 M = TypeVar("M", bound=nnx.Module)
 
+xavier = nnx.initializers.xavier_uniform()
 torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in)), torch's default
 
 
@@ -30,7 +31,7 @@ def dense(
     rngs: nnx.Rngs,
     bias: bool = True,
     precision: Precision = FLOAT32,
-    init: Callable = nnx.initializers.xavier_uniform(),
+    init: Callable = xavier,
 ) -> nnx.Linear:
     """A linear layer, kernel `[in, out]` with the two letters of `axes`."""
     return nnx.Linear(
@@ -59,7 +60,7 @@ def conv(
     init: Callable = torch_uniform,
     axes: str = "kkio",
 ) -> nnx.Conv:
-    """A square 2-D convolution on NHWC, kernel `[k, k, in, out]`. An int pads that much on all four sides, as torch does."""
+    """A square 2-D convolution on NHWC, kernel `[k, k, in, out]`. An int pads all sides by that much, like torch."""
     pads = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
     return nnx.Conv(
         in_channels,

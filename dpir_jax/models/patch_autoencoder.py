@@ -15,6 +15,7 @@ The interface is the one of `Autoencoder`: `encode(image) -> (mean, logvar)`, `d
 """
 
 import dataclasses
+import itertools
 from typing import Any
 
 import jax
@@ -33,8 +34,10 @@ LOG_VARIANCE = -12.0  # the transform is deterministic; a finite number keeps sa
 
 @dataclasses.dataclass(frozen=True)
 class PatchAutoencoderConfig:
-    """`patch_size` p, `latent_channels`; `widths` and `depths` per level of the robust encoder's trunk (level i works at
-    1 / 2^i of the latent grid; empty: no trunk, the plain linear encoder)."""
+    """`patch_size` p, `latent_channels`; `widths` and `depths`: per level of the robust encoder's trunk.
+
+    Level i works at 1 / 2^i of the latent grid; without levels there is no trunk, only the linear encoder.
+    """
 
     patch_size: int = 4
     latent_channels: int = 16
@@ -81,7 +84,7 @@ def from_patches(patches: Float[Array, "B h w p"], size: int) -> Float[Array, "B
 
 
 def principal_components(patches: np.ndarray, channels: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean `[P]`, orthonormal axes `[P, channels]` and deviations `[channels]` of `patches` `[N, P]`, strongest first."""
+    """Mean `[P]`, orthonormal axes `[P, channels]`, deviations `[channels]` of `patches` `[N, P]`, strongest first."""
     mean = patches.mean(0, dtype=np.float64)
     covariance = np.cov(patches.T.astype(np.float64))
     values, vectors = np.linalg.eigh(covariance)
@@ -118,8 +121,9 @@ class Trunk(nnx.Module):
         self.before = nnx.List([blocks(i, max(1, depths[i] // 2)) for i in range(self.levels - 1)])
         self.after = nnx.List([blocks(i, max(1, depths[i] - depths[i] // 2)) for i in range(self.levels - 1)])
         self.bottom = blocks(self.levels - 1, depths[-1])
-        self.down = nnx.List([dense(4 * a, b, "io", rngs=rngs, precision=precision) for a, b in zip(widths, widths[1:])])
-        self.up = nnx.List([dense(b, 4 * a, "io", rngs=rngs, precision=precision) for a, b in zip(widths, widths[1:])])
+        steps = list(itertools.pairwise(widths))
+        self.down = nnx.List([dense(4 * a, b, "io", rngs=rngs, precision=precision) for a, b in steps])
+        self.up = nnx.List([dense(b, 4 * a, "io", rngs=rngs, precision=precision) for a, b in steps])
         self.last = conv(
             widths[0],
             config.latent_channels,
@@ -153,17 +157,13 @@ class Trunk(nnx.Module):
 class PatchEncoder(nnx.Module):
     """The linear transform, plus the trunk where the config has one."""
 
-    def __init__(
-        self, config: PatchAutoencoderConfig, *, rngs: nnx.Rngs, precision: Precision = FLOAT32
-    ) -> None:
+    def __init__(self, config: PatchAutoencoderConfig, *, rngs: nnx.Rngs, precision: Precision = FLOAT32) -> None:
         self.config = config
         self.project = dense(3 * config.patch_size**2, config.latent_channels, "__", rngs=rngs, precision=precision)
         if config.widths:
             self.trunk = Trunk(config, rngs=rngs, precision=precision)
 
-    def __call__(
-        self, image: Float[Array, "B H W 3"]
-    ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
+    def __call__(self, image: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
         """Image in [-1, 1], sides a multiple of the patch -> mean and log-variance."""
         patches = to_patches(image, self.config.patch_size)
         mean = self.project(patches)
@@ -176,9 +176,7 @@ class PatchEncoder(nnx.Module):
 class PatchAutoencoder(nnx.Module):
     """Linear encoder and decoder; `fit` sets them in closed form."""
 
-    def __init__(
-        self, config: PatchAutoencoderConfig, *, rngs: nnx.Rngs, precision: Precision = FLOAT32
-    ) -> None:
+    def __init__(self, config: PatchAutoencoderConfig, *, rngs: nnx.Rngs, precision: Precision = FLOAT32) -> None:
         self.config = config
         plain = dataclasses.replace(config, widths=(), depths=())
         self.encoder = PatchEncoder(plain, rngs=rngs, precision=precision)

@@ -99,7 +99,7 @@ class TilePlan:
 
     @classmethod
     def seesr(cls, height: int, width: int, tile: int, overlap: int) -> "TilePlan | None":
-        """SeeSR's plan: tiles no larger than the canvas; None where the canvas is no larger than a tile and stays whole."""
+        """SeeSR's plan: tiles no larger than the canvas; None where the canvas fits into a tile and stays whole."""
         if height * width <= tile * tile:
             return None
         return cls.published(height, width, min(tile, height, width), overlap)

@@ -37,7 +37,7 @@ MIN_SIGMA = 1e-3  # below the last non-zero sigma of every schedule (0.00893); k
 
 @dataclasses.dataclass(frozen=True)
 class DPIRConfig:
-    """Networks of the system and how they are joined. Widths: the pooled width is that of E1's tokens plus E2's embedding."""
+    """Networks of the system and how they are joined. The pooled width is that of E1's tokens plus E2's embedding."""
 
     autoencoder: AutoencoderConfig | PatchAutoencoderConfig
     robust_encoder: AutoencoderConfig | PatchAutoencoderConfig
@@ -69,7 +69,7 @@ class DPIRConfig:
         if self.mmdit.context_dim < pooled:
             raise InputError(f"mmdit.context_dim is {self.mmdit.context_dim}, narrower than a visual token ({pooled})")
         if self.t5 is not None and self.t5.width > self.mmdit.context_dim:
-            raise InputError(f"t5.width is {self.t5.width}, wider than mmdit.context_dim ({self.mmdit.context_dim})")
+            raise InputError(f"t5.width is {self.t5.width}, over mmdit.context_dim ({self.mmdit.context_dim})")
         for name in ("autoencoder", "robust_encoder"):
             if getattr(self, name).latent_channels != self.mmdit.in_channels:
                 raise InputError(f"{name}.latent_channels must be mmdit.in_channels ({self.mmdit.in_channels})")
@@ -78,7 +78,9 @@ class DPIRConfig:
         if self.mmdit.lq_branch is None:
             raise InputError("mmdit.lq_branch is None; DPIR needs the LQ branch")
         if self.tile % self.mmdit.patch_size:
-            raise InputError(f"tile is {self.tile}; it must be a multiple of mmdit.patch_size ({self.mmdit.patch_size})")
+            raise InputError(
+                f"tile is {self.tile}; it must be a multiple of mmdit.patch_size ({self.mmdit.patch_size})"
+            )
 
     @classmethod
     def sd3_medium(cls) -> "DPIRConfig":
@@ -154,7 +156,7 @@ class Constant(nnx.Variable):
 
 
 class VisualMLP(nnx.Module):
-    """The MLP that the paper's figure 4 draws after the visual tokens; its shape is not published. Starts as identity."""
+    """The MLP that the paper's figure 4 draws after the visual tokens; its shape is our guess. Starts as identity."""
 
     def __init__(self, width: int, *, rngs: nnx.Rngs, precision: Precision) -> None:
         self.norm = layer_norm(width, rngs=rngs, epsilon=1e-6, precision=precision)

@@ -28,9 +28,7 @@ def pad_length(tokens: Float[Array, "B L C"], length: int) -> Float[Array, "B N 
     return jnp.pad(tokens, ((0, 0), (0, length - tokens.shape[1]), (0, 0)))
 
 
-def pooled_prompt(
-    local_tokens: Float[Array, "B L C1"], local_embed: Float[Array, "B C2"]
-) -> Float[Array, "B C1+C2"]:
+def pooled_prompt(local_tokens: Float[Array, "B L C1"], local_embed: Float[Array, "B C2"]) -> Float[Array, "B C1+C2"]:
     """c_pool: class token of E1 and embedding of E2 of the local patch. It replaces SD3's pooled text embedding."""
     return jnp.concatenate([local_tokens[:, 0], local_embed], -1)
 
@@ -50,7 +48,7 @@ def visual_prompt(
 def dual_prompt(
     visual: Float[Array, "B V P"], text: Float[Array, "B T D"] | None, width: int, text_tokens: int = 256
 ) -> Float[Array, "B V+T W"]:
-    """c_dual: visual tokens, then text tokens, zero-padded to `width`. Without a text encoder the text part is zeros."""
+    """c_dual: visual tokens, then text tokens, zero-padded to `width`. Without an encoder the text part is zeros."""
     visual = pad_width(visual, width)
     if text is None:
         text = jnp.zeros((visual.shape[0], text_tokens, width), visual.dtype)

@@ -1,7 +1,7 @@
 """A projected discriminator: small heads on the features of a frozen trunk (Sauer et al., arXiv 2111.01007).
 
-The trunk is the one of the perceptual loss, whose features are computed anyway; the heads see local texture and learn in
-minutes what a discriminator on pixels learns in hours. Hinge loss:
+The trunk is the one of the perceptual loss, whose features are computed anyway; the heads see local texture at once,
+which a discriminator on pixels has to learn first. Hinge loss:
 
     L_D = E[max(0, 1 - D(real))] + E[max(0, 1 + D(fake))],    L_G = -E[D(fake)]
 """

@@ -43,8 +43,8 @@ class PictureLoss:
     """What a decoded picture is compared by; a weight of 0 leaves the term out.
 
     `crop`: side in pixels of the random part that LPIPS and the discriminator see (0: all of it).
-    `net`, `stages`: the perceptual network, "vgg" or "alex", and how many of its five stages are run. AlexNet's weights come
-    with the package, but its stride of 4 teaches a 4-pixel grid; VGG16's are read from the folder `weights`.
+    `net`, `stages`: the perceptual network, "vgg" or "alex", and how many of its five stages are run. AlexNet's weights
+    come with the package, but its stride of 4 teaches a 4-pixel grid; VGG16's are read from the folder `weights`.
     """
 
     l1: float = 1.0
@@ -198,7 +198,7 @@ class EncoderTask:
         return SYSTEMS[self.system]()
 
     def init(self, key: jax.Array) -> EncoderModel:
-        """Fits the patch transform in closed form, or reads the autoencoder of `init_from`; E_dr starts as its encoder."""
+        """Fits the patch transform in closed form or reads `init_from`'s autoencoder; E_dr starts as its encoder."""
         model = EncoderModel(self.config, self.picture, rngs=nnx.Rngs(key))
         if self.init_from:
             model.autoencoder = model_folder.load_network(self.init_from, "autoencoder", model.autoencoder)
@@ -252,7 +252,8 @@ class DiTTask:
     """Stage 2: the DiT with its LQ branch.
 
     `init_from`: the model folder of stage 1. `loss_kind`: "x0" is the published loss, "velocity" the paper's.
-    `flow_weight`: of that loss; `picture`: extra terms on D(z_0) (None: the published loss alone). `train_prompts`: train the image encoders too.
+    `flow_weight`: of that loss; `picture`: extra terms on D(z_0) (None: the published loss alone).
+    `train_prompts`: train the image encoders too.
     `description`, `restore`: what the exported model says of itself, and its own settings for restoring.
     """
 
