@@ -57,6 +57,7 @@ def encoder_as_system(folder: Path, out: Path) -> Path:
     """A model folder whose DiT is zero around the encoder of `folder`."""
     system = nnx.eval_shape(lambda: DPIR(DPIRConfig.nano(), rngs=nnx.Rngs(0)))
     system = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), system)
+    system.residual_scale[...] = jnp.ones_like(system.residual_scale[...])  # a flow needs one to divide by
     for name in ("autoencoder", "robust_encoder"):
         setattr(system, name, model_folder.load_network(folder, name, getattr(system, name)))
     return save_dpir(out, system, description="E_dr alone", restore={"steps": 1}, dtype=jnp.float16)

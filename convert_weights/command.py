@@ -15,7 +15,7 @@ from tqdm import tqdm
 from convert_weights import lora
 from convert_weights.conversion import TYPES, Conversion, prepare, verify, write, write_torch
 from convert_weights.families import CONFIGS, FAMILIES, Family, encoder_only, of_network, parts, recognise
-from convert_weights.readers import Source, locate, open_source
+from convert_weights.readers import PIPELINE, Source, locate, open_source
 from convert_weights.writer import mapped
 from dpir_jax.errors import InputError
 from dpir_jax.files import read_json, write_json
@@ -24,7 +24,11 @@ from dpir_jax.model_folder import verify as verify_sums
 from dpir_jax.systems.config_json import from_json, to_json
 from dpir_jax.systems.dpir import DPIRConfig
 
-PIPELINE = "model_index.json"
+CLASSES = (  # of diffusers pipelines, those that have a family
+    *("SD3Transformer2DModel", "AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection"),
+    *("CLIPVisionModelWithProjection", "T5EncoderModel"),
+)
+NO_NETWORKS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")
 ROLES = {  # networks of DPIR: kind of network and folder in an SD3 pipeline
     "transformer": ("mmdit", "transformer"),
     "vae": ("autoencoder", "vae"),
@@ -142,14 +146,16 @@ def _convert(arguments: argparse.Namespace) -> None:
 
 def _networks(where: str, variant: str | None) -> list[Source]:
     """The networks in a source: one, those of a single file, or those of a pipeline folder."""
-    path = locate(where)
+    path = locate(where, variant=variant)
     if not (path / PIPELINE).is_file():
-        return parts(open_source(path, variant=variant))
-    index = read_json(path / PIPELINE)
-    names = [
-        name for name, value in index.items() if isinstance(value, list) and (path / name / "config.json").is_file()
-    ]
-    return [part for name in names for part in parts(open_source(path, subfolder=name, variant=variant))]
+        return parts(open_source(where, variant=variant))
+    entries = read_json(path / PIPELINE).items()
+    kinds = {name: value[1] for name, value in entries if isinstance(value, list) and len(value) == 2 and value[1]}
+    for name, kind in kinds.items():
+        if kind not in CLASSES and not kind.endswith(NO_NETWORKS):
+            print(f"{name}: left out, {kind} is of no known family")
+    names = [name for name, kind in kinds.items() if kind in CLASSES]
+    return [part for name in names for part in parts(open_source(where, subfolder=name, variant=variant))]
 
 
 def _prepare(arguments: argparse.Namespace, name: str, source: Source, family: Family) -> Conversion:
@@ -228,7 +234,7 @@ def _role(arguments: argparse.Namespace, role: str) -> Conversion:
         if arguments.pipeline is None:
             raise InputError(f"{option} is needed, or --pipeline" + (", or --text none" if role == "t5" else ""))
         source = open_source(arguments.pipeline, subfolder=subfolder, variant=arguments.variant)
-    elif (locate(where) / PIPELINE).is_file():
+    elif (locate(where, variant=arguments.variant) / PIPELINE).is_file():
         source = open_source(where, subfolder=subfolder, variant=arguments.variant)
     else:
         source = open_source(where, variant=arguments.variant)

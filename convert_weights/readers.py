@@ -7,7 +7,8 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ DTYPES = {
     "BOOL": np.dtype(bool),
 }
 SUFFIXES = (".safetensors", ".pth", ".ckpt", ".bin", ".pt")
+NAMES = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_model", "open_clip_pytorch_model")
+PIPELINE = "model_index.json"  # marks a diffusers pipeline: a folder per network
 HUB = "hf:"
 LARGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
@@ -111,28 +114,27 @@ def open_source(where: str | os.PathLike, *, subfolder: str = "", variant: str |
 
     Args:
       where: a file, a folder as `save_pretrained` writes it, an index of shards (`*.index.json`), or
-        `hf:OWNER/NAME`, which is the only thing that reaches for the network.
+        `hf:OWNER/NAME[/FOLDER][@REVISION]`, which is the only thing that reaches for the network.
       subfolder: of a pipeline folder, such as "transformer".
       variant: of a diffusers folder, such as "fp16".
 
     Raises:
       InputError: nothing there, or damaged.
     """
-    path = locate(where, subfolder)
+    path = locate(where, subfolder, variant)
     if path.is_dir():
         config = path / "config.json"
-        chosen = weights_file(path, variant)
-        return _open(chosen, read_json(config) if config.is_file() else None)
+        names = sorted(file.name for file in path.iterdir() if file.is_file())
+        return _open(path / weights_file(names, path, variant), read_json(config) if config.is_file() else None)
     config = path.parent / "config.json"
-    published = path.name.startswith(("diffusion_pytorch_model", "model", "pytorch_model"))
-    return _open(path, read_json(config) if published and config.is_file() else None)
+    return _open(path, read_json(config) if path.name.startswith(NAMES) and config.is_file() else None)
 
 
-def locate(where: str | os.PathLike, subfolder: str = "") -> Path:
-    """The local path; `hf:OWNER/NAME` is downloaded first (or found in Hugging Face's cache)."""
+def locate(where: str | os.PathLike, subfolder: str = "", variant: str | None = None) -> Path:
+    """The local path; of `hf:OWNER/NAME` what is needed is fetched first (or found in Hugging Face's cache)."""
     text = os.fspath(where)
     if text.startswith(HUB):
-        return _download(text.removeprefix(HUB), subfolder)
+        return _download(text, subfolder, variant)
     path = Path(text).expanduser() / subfolder
     if not path.exists():
         hint = f"; to fetch it from Hugging Face, write {HUB}{text}" if text.count("/") == 1 and not subfolder else ""
@@ -140,45 +142,55 @@ def locate(where: str | os.PathLike, subfolder: str = "") -> Path:
     return path
 
 
-def _download(name: str, subfolder: str) -> Path:
-    from huggingface_hub import errors, snapshot_download  # only when the user names a repository
+def _download(name: str, subfolder: str, variant: str | None) -> Path:
+    """Fetches one folder of a repository: its small files and the weights that `weights_file` would choose."""
+    from huggingface_hub import HfApi, errors, snapshot_download  # only when the user names a repository
 
-    repository, _, revision = name.partition("@")
+    repository, _, revision = name.removeprefix(HUB).partition("@")
     parts = repository.split("/")
     if len(parts) < 2 or not all(parts):
-        raise InputError(f"{HUB}{name} is not of the form {HUB}OWNER/NAME[/FOLDER][@REVISION]")
-    folder = "/".join([*parts[2:], *([subfolder] if subfolder else [])])
-    wanted = ("*.json", "*.safetensors", "*.bin", "*.pth", "*.ckpt", "*.model")
-    patterns = [f"{folder}/{pattern}" for pattern in wanted] if folder else list(wanted)
+        raise InputError(f"{name} is not of the form {HUB}OWNER/NAME[/FOLDER][@REVISION]")
+    repository, folder = "/".join(parts[:2]), "/".join([*parts[2:], *filter(None, [subfolder])])
+    start = f"{folder}/" if folder else ""
     try:
-        root = snapshot_download("/".join(parts[:2]), revision=revision or None, allow_patterns=patterns)
+        everything = HfApi().list_repo_files(repository, revision=revision or None)
+        names = [file.removeprefix(start) for file in everything if file.startswith(start)]
+        names = sorted(file for file in names if "/" not in file)
+        wanted = [file for file in names if file.endswith((".json", ".model", ".txt"))]
+        if PIPELINE not in names and any(file.endswith(SUFFIXES) for file in names):
+            chosen = weights_file(names, name, variant)
+            suffix = ".safetensors" if ".safetensors" in chosen else ".bin"
+            stem = chosen.split(suffix)[0] + (f".{variant}" if variant else "")
+            shards = re.compile(rf"{re.escape(stem)}-\d+-of-\d+{re.escape(suffix)}")
+            wanted += [chosen, *(file for file in names if ".index." in chosen and shards.fullmatch(file))]
+        root = snapshot_download(
+            repository, revision=revision or None, allow_patterns=[start + file for file in wanted]
+        )
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
-        line = str(error).strip().splitlines()[0]
-        raise InputError(f"cannot fetch {HUB}{name} from Hugging Face: {line}") from error
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(f"cannot fetch {name} from Hugging Face: {line}") from error
     return Path(root) / folder
 
 
-def weights_file(folder: Path, variant: str | None = None) -> Path:
-    """The weights in a folder: an index of shards before a single file, safetensors before pickles.
+def weights_file(files: Sequence[str], folder: str | os.PathLike, variant: str | None = None) -> str:
+    """The weights among the files of a folder: an index of shards before one file, safetensors before pickles.
 
     Raises:
       InputError: none, or several that the names do not choose between.
     """
-    files = sorted(path.name for path in folder.iterdir() if path.is_file())
     mark = f".{variant}" if variant else ""
-    known = ("diffusion_pytorch_model", "model", "pytorch_model", "open_clip_pytorch_model", "open_clip_model")
     for suffix in (".safetensors", ".bin"):
-        for name in known:
+        for name in NAMES:
             for file in (f"{name}{suffix}.index{mark}.json", f"{name}{mark}{suffix}"):
                 if file in files:
-                    return folder / file
+                    return file
     if variant:
         raise InputError(f"{folder} holds no weights of the variant {variant}")
     loose = [file for file in files if file.endswith(SUFFIXES)]
     if len(loose) != 1:
         what = f"several files of weights ({', '.join(loose)}); name one" if loose else "no file of weights"
         raise InputError(f"{folder} holds {what}")
-    return folder / loose[0]
+    return loose[0]
 
 
 def _open(path: Path, config: Mapping[str, Any] | None) -> Source:

@@ -79,6 +79,8 @@ def new_folder(out: str | os.PathLike) -> Iterator[Path]:
         temporary.chmod(0o777 & ~umask)  # mkdtemp makes private folders
         yield temporary
         paths = sorted(path for path in temporary.rglob("*") if path.is_file())
+        for path in paths:
+            path.chmod(0o666 & ~umask)  # safetensors makes private files
         write_json(temporary / "manifest.json", {"sha256": {str(p.relative_to(temporary)): sha256(p) for p in paths}})
         if out.exists():  # the only moment at which neither is in place: between two renames
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))

@@ -1,5 +1,6 @@
 """Networks for tests: filled with random numbers without compiling their initialisers, and counted without arrays."""
 
+import functools
 from collections.abc import Callable, Iterable
 
 import jax
@@ -8,6 +9,7 @@ import numpy as np
 from flax import nnx
 
 from convert_weights.engine import Rule, leaves, torch_pieces
+from dpir_jax.models.attention import use_attention_backend
 
 
 def random_network(make: Callable[[], nnx.Module], seed: int = 0) -> nnx.Module:
@@ -47,3 +49,14 @@ def assert_same_tensors(got: dict[str, np.ndarray], expected: dict[str, np.ndarr
 def quick_jit(function: Callable) -> Callable:
     """`jax.jit` for a network of many different layers that runs once or twice: compiles in half the time."""
     return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+
+
+def with_plain_attention(check: Callable) -> Callable:
+    """`check` with the reference backend: a loop over heads in each of many places compiles slowly."""
+
+    @functools.wraps(check)
+    def run(*args: object) -> None:
+        with use_attention_backend("xla"):
+            check(*args)
+
+    return run

@@ -9,6 +9,7 @@ import sys
 import warnings
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -94,19 +95,19 @@ def test_shards(tmp_path):
 
 
 def test_the_file_in_a_folder(tmp_path):
-    for name in ("b.safetensors", "a.safetensors"):
-        (tmp_path / name).write_bytes(b"")
-    with pytest.raises(InputError, match=r"several files of weights \(a\.safetensors, b\.safetensors\); name one"):
-        weights_file(tmp_path)
-    (tmp_path / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"")
-    assert weights_file(tmp_path, "fp16").name == "diffusion_pytorch_model.fp16.safetensors"
-    (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    assert weights_file(tmp_path).name == "pytorch_model.bin"
-    (tmp_path / "model.safetensors").write_bytes(b"")
-    assert weights_file(tmp_path).name == "model.safetensors"
-    (tmp_path / "empty").mkdir()
+    files = ["b.safetensors", "a.safetensors"]
+    with pytest.raises(InputError, match=r"several files of weights \(b\.safetensors, a\.safetensors\); name one"):
+        weights_file(files, "it")
+    files += ["diffusion_pytorch_model.fp16.safetensors", "pytorch_model.bin"]
+    assert weights_file(files, "it", "fp16") == "diffusion_pytorch_model.fp16.safetensors"
+    assert weights_file(files, "it") == "pytorch_model.bin"
+    assert weights_file([*files, "model.safetensors"], "it") == "model.safetensors"
+    index = ["model.safetensors.index.json", "model.safetensors.index.fp16.json"]
+    assert weights_file([*files, *index], "it") == index[0]
+    assert weights_file([*files, *index], "it", "fp16") == "diffusion_pytorch_model.fp16.safetensors"
+    assert weights_file(index, "it", "fp16") == index[1]
     with pytest.raises(InputError, match="holds no file of weights"):
-        weights_file(tmp_path / "empty")
+        open_source(tmp_path)
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------
@@ -243,20 +244,49 @@ def test_a_missing_path_does_not_reach_for_the_network(tmp_path, monkeypatch):
         open_source("owner/name")
 
 
-def test_a_hub_name_fetches_only_the_folder(tmp_path, monkeypatch):
-    (tmp_path / "vae" / "sub").mkdir(parents=True)
-    save_file({"a": np.zeros(1, np.float32)}, tmp_path / "vae" / "sub" / "model.safetensors")
-    calls = []
+@pytest.fixture
+def hub(monkeypatch):
+    """A Hugging Face without a network: the files of its repository, and what was fetched of them."""
+    fetched = []
 
     def snapshot_download(repository: str, **settings: object) -> str:
-        calls.append((repository, settings["revision"], settings["allow_patterns"][0]))
-        return str(tmp_path)
+        fetched.append((repository, settings["revision"], sorted(settings["allow_patterns"])))
+        return str(hub.root)
 
+    hub = SimpleNamespace(files=[], fetched=fetched, root=None)
+    monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_, **__: hub.files)
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    assert list(open_source("hf:owner/name/vae@main", subfolder="sub")) == ["a"]
-    assert calls == [("owner/name", "main", "vae/sub/*.json")]
+    return hub
+
+
+def test_a_hub_name_fetches_only_what_is_needed(tmp_path, hub):
+    hub.root, folder = tmp_path, tmp_path / "vae"
+    folder.mkdir()
+    save_file({"a": np.zeros(1, np.float32)}, folder / "diffusion_pytorch_model.safetensors")
+    kept = ["vae/config.json", "vae/diffusion_pytorch_model.safetensors"]
+    hub.files = ["sd3.safetensors", "model_index.json", "vae/diffusion_pytorch_model.fp16.safetensors", *kept]
+    (folder / "config.json").write_text("{}")
+    assert list(open_source("hf:owner/name@main", subfolder="vae")) == ["a"]
+    assert list(open_source("hf:owner/name/vae")) == ["a"]
+    readers.locate("hf:owner/name")
+    assert hub.fetched == [
+        ("owner/name", "main", kept),
+        ("owner/name", None, kept),
+        ("owner/name", None, ["model_index.json"]),
+    ]
     with pytest.raises(InputError, match="hf:owner is not of the form"):
         open_source("hf:owner")
+
+
+@pytest.mark.parametrize("mark", ["", ".fp16"])
+def test_all_shards_are_fetched(tmp_path, hub, mark):
+    hub.root = tmp_path
+    shards = [f"model{mark}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = f"model.safetensors.index{mark}.json"
+    others = ["pytorch_model-00001-of-00002.bin", "model.other-00001-of-00002.safetensors"]
+    hub.files = [*shards, index, *others]
+    readers.locate("hf:owner/name", variant=mark[1:] or None)
+    assert set(hub.fetched[0][2]) == {index, *shards}
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

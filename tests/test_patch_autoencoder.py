@@ -32,7 +32,7 @@ def test_patches_round_trip():
 def test_fit_gives_white_latents_and_good_pictures():
     pictures = smooth_pictures(np.random.default_rng(1))
     net = PatchAutoencoder(PatchAutoencoderConfig.nano(), rngs=nnx.Rngs(0))
-    net.fit(np.asarray(to_patches(pictures, 4)).reshape(-1, 48))
+    net.fit(pictures)
     latent, _ = net.encode(pictures)
     np.testing.assert_allclose(np.std(latent, axis=(0, 1, 2)), 1, atol=0.05)
     np.testing.assert_allclose(np.mean(latent, axis=(0, 1, 2)), 0, atol=0.05)
@@ -40,10 +40,20 @@ def test_fit_gives_white_latents_and_good_pictures():
     assert error < 0.08 * pictures.var()  # 16 of 48 channels of almost white colours
 
 
+def test_neighbours_help():
+    pictures = smooth_pictures(np.random.default_rng(4))
+    errors = []
+    for reach in (0, 1):
+        net = PatchAutoencoder(PatchAutoencoderConfig(reach=reach), rngs=nnx.Rngs(0))
+        net.fit(pictures)
+        errors.append(float(np.mean((net.decode(net.encode(pictures)[0]) - pictures) ** 2)))
+    assert errors[1] < 0.9 * errors[0]
+
+
 def test_all_channels_reconstruct_exactly():
     pictures = smooth_pictures(np.random.default_rng(2), size=24)
     net = PatchAutoencoder(PatchAutoencoderConfig(latent_channels=48), rngs=nnx.Rngs(0))
-    net.fit(np.asarray(to_patches(pictures, 4)).reshape(-1, 48))
+    net.fit(pictures)
     with jax.default_matmul_precision("highest"):
         np.testing.assert_allclose(net.decode(net.encode(pictures)[0]), pictures, atol=2e-4)
 

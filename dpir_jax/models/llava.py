@@ -40,7 +40,7 @@ class LlavaConfig:
 
     @classmethod
     def llava15_13b(cls) -> "LlavaConfig":
-        """LLaVA-1.5 13B: 13,350,839,296 parameters."""
+        """LLaVA-1.5 13B: 13,351,494,656 parameters."""
         return cls(CLIPVisionConfig.vit_l14_336(), LlamaConfig.vicuna_13b())
 
     @classmethod

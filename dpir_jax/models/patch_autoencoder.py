@@ -1,11 +1,12 @@
 """A linear patch autoencoder and a light degradation-robust encoder for it: what `dpir-nano` uses in place of a VAE.
 
-The autoencoder is the principal-component transform of non-overlapping p x p patches, written as one linear map each
-way. With p = 4 and 16 channels it reconstructs photographs at about 42 dB, costs next to nothing on a CPU, and its
-latents are white: every channel has unit variance, so no scaling or shift factor is needed.
+The encoder is the principal-component transform of non-overlapping p x p patches; its latents are white, so there is no
+scaling or shift factor. The decoder is the linear map from a latent and its neighbours to a patch with the least squared
+error: neighbours tell what the dropped components were, and patches join without an edge. With p = 4, 16 channels and
+one ring of neighbours it reconstructs photographs at about 45 dB (42 dB without) and costs next to nothing.
 
-    encode   z = (W x + b),    W = diag(1/s) U^T        x: one patch in [-1, 1], U: principal axes, s: deviations
-    decode   x = (V z + c),    V = U diag(s), c = mean patch
+    encode   z = diag(1/s) U^T (x - mean)                       U: principal axes, s: deviations
+    decode   x = V z_N + c,   (V, c) = argmin sum |V z_N + c - x|^2               z_N: the latents within `reach` of z
 
 The robust encoder (E_dr of the paper, section 3) adds a convolutional correction, computed on the latent grid:
 
@@ -34,13 +35,14 @@ LOG_VARIANCE = -12.0  # the transform is deterministic; a finite number keeps sa
 
 @dataclasses.dataclass(frozen=True)
 class PatchAutoencoderConfig:
-    """`patch_size` p, `latent_channels`; `widths` and `depths`: per level of the robust encoder's trunk.
+    """`patch_size` p, `latent_channels`, `reach` of the decoder in cells; `widths` and `depths`: per trunk level.
 
     Level i works at 1 / 2^i of the latent grid; without levels there is no trunk, only the linear encoder.
     """
 
     patch_size: int = 4
     latent_channels: int = 16
+    reach: int = 1
     widths: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
     scaling_factor: float = 1.0
@@ -180,24 +182,39 @@ class PatchAutoencoder(nnx.Module):
         self.config = config
         plain = dataclasses.replace(config, widths=(), depths=())
         self.encoder = PatchEncoder(plain, rngs=rngs, precision=precision)
-        self.decoder = dense(config.latent_channels, 3 * config.patch_size**2, "__", rngs=rngs, precision=precision)
+        kernel = 2 * config.reach + 1
+        outputs = 3 * config.patch_size**2
+        self.decoder = conv(config.latent_channels, outputs, kernel, rngs=rngs, precision=precision, axes="____")
 
     def encode(self, image: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
         """Image in [-1, 1] -> mean and log-variance of the latent."""
         return self.encoder(image)
 
     def decode(self, latent: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        """Latent -> image in about [-1, 1]."""
-        return from_patches(self.decoder(latent).astype(jnp.float32), self.config.patch_size)
+        """Latent -> image in about [-1, 1]. At the border the outermost latents stand in for their neighbours."""
+        reach = self.config.reach
+        padded = jnp.pad(latent, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
+        return from_patches(self.decoder(padded).astype(jnp.float32), self.config.patch_size)
 
-    def fit(self, patches: np.ndarray) -> None:
-        """Sets encoder and decoder from patches `[N, 3 p^2]` of photographs in [-1, 1]."""
-        mean, axes, deviations = principal_components(patches, self.config.latent_channels)
+    def fit(self, images: Float[np.ndarray, "N H W 3"]) -> None:
+        """Sets encoder and decoder from photographs in [-1, 1], in float64."""
+        config, reach = self.config, self.config.reach
+        patches = np.asarray(to_patches(images, config.patch_size), np.float64)
+        mean, axes, deviations = principal_components(patches.reshape(-1, patches.shape[-1]), config.latent_channels)
+        latent = (patches - mean) @ axes / deviations
+        height, width = (side - 2 * reach for side in latent.shape[1:3])
+        taps = range(2 * reach + 1)
+        known = np.concatenate([latent[:, i : i + height, j : j + width] for i in taps for j in taps], -1)
+        known = known.reshape(-1, known.shape[-1])
+        known = np.concatenate([known, np.ones_like(known[:, :1])], 1)
+        wanted = patches[:, reach : reach + height, reach : reach + width].reshape(-1, patches.shape[-1])
+        ridge = 1e-6 * len(known) * np.eye(known.shape[1])
+        solution = np.linalg.solve(known.T @ known + ridge, known.T @ wanted)
 
         def put(parameter: Any, value: np.ndarray) -> None:
-            parameter[...] = jnp.asarray(value, parameter.dtype)
+            parameter[...] = jnp.asarray(value.reshape(parameter.shape), parameter.dtype)
 
         put(self.encoder.project.kernel, axes / deviations)
         put(self.encoder.project.bias, -(mean @ axes) / deviations)
-        put(self.decoder.kernel, (axes * deviations).T)
-        put(self.decoder.bias, mean)
+        put(self.decoder.kernel, solution[:-1])
+        put(self.decoder.bias, solution[-1])

@@ -10,8 +10,8 @@ RAM++ has several descriptions per tag and weighs them anew for every picture, w
     label = sum_j softmax_j(exp(tau) c . d_j) d_j
 
 DAPE (SeeSR, arXiv 2311.16518, section 3.2) is RAM with LoRA on queries and values of the Swin and on queries and keys
-of the head, trained so that a degraded picture looks like its original. Sources: Zhang et al., arXiv 2306.03514; Huang et
-al., arXiv 2310.15200; xinyu1205/recognize-anything (Apache-2.0); cswry/SeeSR (Apache-2.0).
+of the head, trained so that a degraded picture looks like its original. Sources: Zhang et al., arXiv 2306.03514; Huang
+et al., arXiv 2310.15200; xinyu1205/recognize-anything (Apache-2.0); cswry/SeeSR (Apache-2.0).
 """
 
 import dataclasses

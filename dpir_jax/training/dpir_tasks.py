@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -27,7 +28,7 @@ from dpir_jax.errors import InputError
 from dpir_jax.metrics.lpips import LPIPS
 from dpir_jax.models.autoencoder import Autoencoder, Encoder
 from dpir_jax.models.clip import clip_preprocess
-from dpir_jax.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PatchEncoder, to_patches
+from dpir_jax.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PatchEncoder
 from dpir_jax.systems.config_json import to_json
 from dpir_jax.systems.dpir import DPIR, Condition, DPIRConfig
 from dpir_jax.systems.dpir_folder import save_dpir
@@ -42,6 +43,7 @@ SYSTEMS = {"tiny": DPIRConfig.tiny, "nano": DPIRConfig.nano, "sd3_medium": DPIRC
 class PictureLoss:
     """What a decoded picture is compared by; a weight of 0 leaves the term out.
 
+    `phase`: weight of `phase_loss`, which keeps a decoder's grid out.
     `crop`: side in pixels of the random part that LPIPS and the discriminator see (0: all of it).
     `net`, `stages`: the perceptual network, "vgg" or "alex", and how many of its five stages are run. AlexNet's weights
     come with the package, but its stride of 4 teaches a 4-pixel grid; VGG16's are read from the folder `weights`.
@@ -50,6 +52,7 @@ class PictureLoss:
     l1: float = 1.0
     lpips: float = 1.0
     adversarial: float = 0.0
+    phase: float = 0.0
     crop: int = 64
     net: Literal["vgg", "alex"] = "vgg"
     stages: int = 3
@@ -65,16 +68,35 @@ class Critics(nnx.Module):
             self.discriminator = Discriminator(TRUNK_CHANNELS[config.net][: config.stages], rngs=rngs)
 
 
+def phase_loss(error: Float[Array, "B H W 3"], period: int, cells: int = 8) -> Float[Array, ""]:
+    """How much of the error repeats with the latent grid, in [0, 1] units: near 0 without a grid.
+
+    A decoder that makes p x p pixels of a latent can add one pattern to every patch, and a perceptual loss rewards it.
+    Natural error has the same local mean (over `cells` x `cells` patches) in each of the p^2 places of a patch:
+
+        L = mean |m_i - mean_j m_j|,    m_i: local mean of the error at place i of the patch
+    """
+    patches = rearrange(error, "b (h p) (w q) c -> b h w (p q) c", p=period, q=period)
+    window = (1, cells, cells, 1, 1)
+    sums = jax.lax.reduce_window(patches, 0.0, jax.lax.add, window, (1, cells // 2, cells // 2, 1, 1), "VALID")
+    means = sums / cells**2
+    return jnp.mean(jnp.abs(means - means.mean(3, keepdims=True)))
+
+
 def picture_loss(
     config: PictureLoss,
     critics: Critics | None,
     image: Float[Array, "B H W 3"],
     hq: Float[Array, "B H W 3"],
     key: jax.Array,
+    period: int,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """The weighted sum and its terms, for pictures in [0, 1]."""
+    """The weighted sum and its terms, for pictures in [0, 1]; `period`: pixels per latent cell."""
     metrics = {"l1": jnp.mean(jnp.abs(image - hq))}
     total = config.l1 * metrics["l1"]
+    if config.phase:
+        metrics["phase"] = phase_loss(image - hq, period)
+        total += config.phase * metrics["phase"]
     if critics is None:
         return total, metrics
     if config.crop and config.crop < image.shape[1]:
@@ -204,8 +226,7 @@ class EncoderTask:
             model.autoencoder = model_folder.load_network(self.init_from, "autoencoder", model.autoencoder)
         elif isinstance(self.config.autoencoder, PatchAutoencoderConfig):
             crops = sample_crops(self.photos, 512, 64, seed=0)
-            size = self.config.autoencoder.patch_size
-            model.autoencoder.fit(np.asarray(to_patches(2 * crops - 1, size)).reshape(-1, 3 * size**2))
+            model.autoencoder.fit(2 * crops - 1)
         if self.init_from and (Path(self.init_from) / "robust_encoder.safetensors").is_file():
             model.robust_encoder = model_folder.load_network(self.init_from, "robust_encoder", model.robust_encoder)
         else:  # the encoder's weights where it has the encoder's layers; the trunk, where there is one, starts at zero
@@ -221,7 +242,9 @@ class EncoderTask:
         hq = as_float(batch["hq"])
         lq = make_pairs(jax.random.fold_in(key, 0), hq, _recipes(self.recipes, self.scale))
         critics = model.critics if hasattr(model, "critics") else None
-        return picture_loss(self.picture, critics, self.restored(model, lq), hq, jax.random.fold_in(key, 1))
+        return picture_loss(
+            self.picture, critics, self.restored(model, lq), hq, jax.random.fold_in(key, 1), self.config.latent_factor
+        )
 
     def preview(self, model: EncoderModel, batch: Mapping[str, Array], key: jax.Array) -> Float[Array, "B H W 3"]:
         """Rows of upsampled input | restored | original."""
@@ -351,7 +374,7 @@ class DiTTask:
             return self.flow_weight * flow, metrics
         image = system.decode(system.from_flow(estimate, lq_latent))
         critics = model.critics if hasattr(model, "critics") else None
-        extra, terms = picture_loss(self.picture, critics, image, hq, picture_key)
+        extra, terms = picture_loss(self.picture, critics, image, hq, picture_key, self.config.latent_factor)
         return self.flow_weight * flow + extra, metrics | terms
 
     def sample(

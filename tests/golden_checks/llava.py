@@ -11,7 +11,7 @@ from convert_weights.llava import rules
 from dpir_jax.models.llama import Cache, Decoding
 from dpir_jax.models.llava import Llava
 from tests.fixtures import Fixture, nhwc
-from tests.networks import assert_same_tensors, quick_jit
+from tests.networks import assert_same_tensors, quick_jit, with_plain_attention
 
 
 def _ids(fixture: Fixture, name: str) -> jax.Array:
@@ -103,4 +103,4 @@ def _check_cache(fixture: Fixture, net: Llava) -> None:
         np.testing.assert_allclose(got, expected[f"cache_layer0_{name}_after6"], **near, err_msg=name)
 
 
-CHECKS = {"llava": check_llava}
+CHECKS = {"llava": with_plain_attention(check_llava)}

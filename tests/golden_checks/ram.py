@@ -13,7 +13,7 @@ from dpir_jax.models.layers import scan_blocks
 from dpir_jax.models.ram import RAM, RAMConfig, asymmetric_loss, dape_losses, distillation_loss
 from dpir_jax.models.swin import SwinConfig
 from tests.fixtures import Fixture, nhwc
-from tests.networks import assert_same_tensors, quick_jit
+from tests.networks import assert_same_tensors, quick_jit, with_plain_attention
 
 
 def _config(given: Mapping) -> RAMConfig:
@@ -157,4 +157,9 @@ def check_losses(fixture: Fixture) -> None:
     compare("distill_l1", pull[0], pull[1][:, 0])
 
 
-CHECKS = {"ram": check_ram, "ram_plus": check_ram, "dape": check_dape, "tagger_losses": check_losses}
+CHECKS = {
+    "ram": with_plain_attention(check_ram),
+    "ram_plus": with_plain_attention(check_ram),
+    "dape": with_plain_attention(check_dape),
+    "tagger_losses": check_losses,
+}

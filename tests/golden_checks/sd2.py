@@ -1,6 +1,5 @@
 """Stable Diffusion 2's UNet and ControlNet, their blocks, and SeeSR's versions with image attention."""
 
-import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -11,11 +10,10 @@ from flax import nnx
 from convert_weights import unet as weights
 from convert_weights.engine import Rule, conv, export, load_into
 from dpir_jax.models import layers
-from dpir_jax.models.attention import use_attention_backend
 from dpir_jax.models.controlnet import ControlNet, guess_strengths
 from dpir_jax.models.unet import Conditions, Control, ResidualBlock, Transformer, Trunk, UNet, enlarged
 from tests.fixtures import Fixture, nhwc
-from tests.networks import assert_same_tensors, quick_jit
+from tests.networks import assert_same_tensors, quick_jit, with_plain_attention
 
 
 class Blocks(nnx.Module):
@@ -165,22 +163,11 @@ def _near(got: jax.Array, expected: np.ndarray, fixture: Fixture, tolerance: str
     np.testing.assert_allclose(got, expected, **fixture.tolerance(tolerance), err_msg=name)
 
 
-def _with_plain_attention(check: Callable[[Fixture], None]) -> Callable[[Fixture], None]:
-    """The reference backend: a loop over heads at each of 16 places compiles slowly."""
-
-    @functools.wraps(check)
-    def run(fixture: Fixture) -> None:
-        with use_attention_backend("xla"):
-            check(fixture)
-
-    return run
-
-
 CHECKS = {
-    "sd2_blocks": _with_plain_attention(check_blocks),
-    "sd2_unet_small": _with_plain_attention(check_unet),
-    "sd2_unet_large": _with_plain_attention(check_unet),
-    "controlnet": _with_plain_attention(check_controlnet),
-    "seesr_unet": _with_plain_attention(check_unet),
-    "seesr_controlnet": _with_plain_attention(check_controlnet),
+    "sd2_blocks": with_plain_attention(check_blocks),
+    "sd2_unet_small": with_plain_attention(check_unet),
+    "sd2_unet_large": with_plain_attention(check_unet),
+    "controlnet": with_plain_attention(check_controlnet),
+    "seesr_unet": with_plain_attention(check_unet),
+    "seesr_controlnet": with_plain_attention(check_controlnet),
 }
