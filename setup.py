@@ -7,8 +7,8 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
-TEST = ["beartype", "hypothesis", "pytest>=8", "ruff>=0.17,<0.18"]
-CONVERT = ["diffusers", "torch==2.13.0"]
+CONVERT = ["diffusers", "torch==2.13.0"]  # never imported by the library: the models that the converters are tested with
+TEST = ["beartype", "hypothesis", "pytest>=8", "ruff>=0.17,<0.18", *CONVERT]
 
 setup(
     name="dpir-jax",

@@ -288,10 +288,10 @@ def _to_torch(arguments: argparse.Namespace) -> None:
         print(f"{network.name}: {network.family.name}, to {network.torch_name}")
     if arguments.dry_run:
         return
-    alone = len(networks) == 1 and arguments.layout == "diffusers"
     with new_folder(arguments.out) as out:
         for network in networks:
             original = network.family.layout == "original"
+            alone = len(networks) == 1 and not original
             place = out if alone else out / f"{network.torch_name}{'.safetensors' if original else ''}"
             size = sum(array.nbytes for array in network.arrays.values())
             with _bar(size, network.torch_name) as bar:

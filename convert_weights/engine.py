@@ -295,7 +295,7 @@ def load_into(
 def assemble(pieces: Sequence[Piece], tensors: Mapping[str, np.ndarray], leaf: Leaf) -> np.ndarray:
     """One leaf out of all its pieces."""
     if pieces[0].layer is None:
-        return np.ascontiguousarray(read_piece(pieces[0], np.asarray(tensors[pieces[0].key]), leaf.dtype))
+        return np.asarray(read_piece(pieces[0], np.asarray(tensors[pieces[0].key]), leaf.dtype), order="C")
     array = np.zeros(leaf.shape, leaf.dtype)
     for piece in pieces:
         array[piece.layer] = read_piece(piece, np.asarray(tensors[piece.key]), leaf.dtype)
@@ -335,7 +335,7 @@ def torch_tensor(parts: Sequence[Piece], arrays: Mapping[str, np.ndarray]) -> np
     """
     rows = [arrays[part.path] if part.layer is None else arrays[part.path][part.layer] for part in parts]
     tensors = [part.rule.transform.inverse(np.asarray(row)) for part, row in zip(parts, rows)]
-    return np.ascontiguousarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors))
+    return np.asarray(tensors[0] if len(tensors) == 1 else np.concatenate(tensors), order="C")  # a number stays one
 
 
 def export(module: nnx.Module, rules: Iterable[Rule]) -> dict[str, np.ndarray]:

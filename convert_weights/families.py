@@ -67,7 +67,12 @@ class Family:
 
     def leaves(self, config: Any) -> dict[str, Leaf]:
         """Shapes of the network, without arrays."""
-        return leaves(nnx.eval_shape(lambda: self.kind(config, rngs=nnx.Rngs(0))))
+        return _leaves(self.kind, config)
+
+
+@functools.lru_cache(maxsize=32)
+def _leaves(kind: type[nnx.Module], config: Any) -> dict[str, Leaf]:
+    return leaves(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
 
 
 def _always(rules: tuple[Rule, ...]) -> Callable[[Any], tuple[Rule, ...]]:

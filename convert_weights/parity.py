@@ -295,7 +295,8 @@ def table() -> str:
     lines = [
         "# Parity with PyTorch",
         "",
-        "Written by `python -m convert_weights.parity docs/parity.md`: tiny random models of diffusers, transformers,",
+        "Written by `python -m convert_weights.parity docs/parity.md`: small random models of diffusers and "
+        "transformers,",
         "saved by `save_pretrained`, converted by `python -m convert_weights`, run on both sides in float32 on a CPU",
         f"({', '.join(f'{name} {version}' for name, version in versions.items())}).",
         "",

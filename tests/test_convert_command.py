@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import re
@@ -66,6 +67,7 @@ NETWORKS = {
 }
 
 
+@functools.cache
 def network(name: str, precision=FLOAT32) -> nnx.Module:
     kind, config = NETWORKS[name]
     return random_network(lambda: kind(config, rngs=nnx.Rngs(0), precision=precision))
@@ -87,8 +89,9 @@ def run(*arguments, status: int = 0) -> None:
     assert main([str(argument) for argument in arguments]) == status
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "original"])
-@pytest.mark.parametrize("precision", [FLOAT32, BFLOAT16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("precision", "layout"), [(FLOAT32, "diffusers"), (BFLOAT16, "original")], ids=["float32", "bf16"]
+)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_there_and_back_is_bit_identical(name, precision, layout, tmp_path, capsys):
     ours, file = folder_of(tmp_path, name, precision)
@@ -126,7 +129,7 @@ def assert_same(got: dict, expected: dict) -> None:
 @pytest.mark.parametrize("name", ["sd3", "sd35"])
 def test_the_original_transformer_is_what_diffusers_reads(name):
     original, expected = both_layouts(name, "mmdit-original")
-    state = {f"model.diffusion_model.{key}": torch.from_numpy(value) for key, value in original.items()}
+    state = {f"model.diffusion_model.{key}": torch.tensor(value) for key, value in original.items()}
     state["model.diffusion_model.pos_embed"] = torch.zeros(1)
     got = single_file_utils.convert_sd3_transformer_checkpoint_to_diffusers(state)
     got.pop("pos_embed.pos_embed")
@@ -136,14 +139,14 @@ def test_the_original_transformer_is_what_diffusers_reads(name):
 @pytest.mark.parametrize("name", ["vae_sd3", "vae_sd2"])
 def test_the_original_autoencoder_is_what_diffusers_reads(name):
     original, expected = both_layouts(name, "autoencoder-original")
-    state = {f"first_stage_model.{key}": torch.from_numpy(value) for key, value in original.items()}
+    state = {f"first_stage_model.{key}": torch.tensor(value) for key, value in original.items()}
     config = {"down_block_types": [None] * 3, "up_block_types": [None] * 3, "layers_per_block": 1}
     assert_same(single_file_utils.convert_ldm_vae_checkpoint(state, config), expected)
 
 
 def test_the_open_clip_text_tower_is_what_diffusers_reads():
     original, expected = both_layouts("clip_text", "clip-text-openclip")
-    state = {f"cond_stage_model.model.{key}": torch.from_numpy(value) for key, value in original.items()}
+    state = {f"cond_stage_model.model.{key}": torch.tensor(value) for key, value in original.items()}
 
     class Model:
         config = type("Config", (), {"hidden_size": 768})

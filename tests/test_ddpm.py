@@ -39,7 +39,7 @@ def test_a_perfect_network_is_followed_to_its_picture(name, prediction):
         return ddpm.sample(predict, z, schedule, TABLES[name](schedule, steps), steps, draw)
 
     near = 0.15 if name == "ddim" else 2e-2 if name == "karras" else 1e-3  # DDIM keeps the noise of timestep 0
-    for steps in (1, 2, 7):
+    for steps in (2, 3, 7):
         np.testing.assert_allclose(run(z, steps, jax.random.key(1)), x0, atol=near)
     assert len(traces) == 1
 

@@ -13,7 +13,7 @@ from dpir_jax.errors import InputError
 from dpir_jax.files import write_json
 from dpir_jax.images import find_photos, read_pixels, to_float, write_png
 
-MAX_MEGAPIXELS = 9  # of an uncropped photo: the degradation holds some 40 float copies of it at once
+MAX_MEGAPIXELS = 9  # of an uncropped photo: the degradation holds 28 float copies of it at once, here 3 GB
 
 
 @dataclasses.dataclass(frozen=True)

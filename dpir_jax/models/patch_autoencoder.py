@@ -1,9 +1,9 @@
 """A linear patch autoencoder and a light degradation-robust encoder for it: what `dpir-nano` uses in place of a VAE.
 
-The encoder is the principal-component transform of non-overlapping p x p patches; its latents are white, so there is no
-scaling or shift factor. The decoder is the linear map from a latent and its neighbours to a patch with the least squared
-error: neighbours tell what the dropped components were, and patches join without an edge. With p = 4, 16 channels and
-one ring of neighbours it reconstructs photographs at about 45 dB (42 dB without) and costs next to nothing.
+The encoder is the principal-component transform of non-overlapping p x p patches; its latents are white, so there is
+no scaling or shift factor. The decoder is the linear map from a latent and its neighbours to a patch with the least
+squared error: neighbours tell what the dropped components were, and patches join without an edge. With p = 4,
+16 channels and one ring of neighbours it reconstructs photographs at 45 dB (42 dB without) and costs next to nothing.
 
     encode   z = diag(1/s) U^T (x - mean)                       U: principal axes, s: deviations
     decode   x = V z_N + c,   (V, c) = argmin sum |V z_N + c - x|^2               z_N: the latents within `reach` of z
