@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; break; }; done)
 IN_VENV := .venv/bin/python
 STAMP := .venv/.installed
+TEST_STAMP := .venv/.installed-test
 
 .PHONY: help demo test test-slow lint format bench clean
 .DEFAULT_GOAL := help
@@ -18,23 +19,28 @@ $(STAMP): setup.py pyproject.toml
 		     "Install one, then: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
 	@echo "Installing into .venv (once; a minute or two) ..."
 	@$(PYTHON) -m venv .venv
+	@$(IN_VENV) -m pip install -qq --disable-pip-version-check --editable .
+	@touch $@
+
+$(TEST_STAMP): $(STAMP)
+	@echo "Installing what the tests need (PyTorch and diffusers among it) ..."
 	@$(IN_VENV) -m pip install -qq --disable-pip-version-check --editable '.[test]'
 	@touch $@
 
 demo: $(STAMP)  ## restore the photos that ship with the project
 	@$(IN_VENV) -m dpir_jax.demo
 
-test: $(STAMP)  ## the test suite
+test: $(TEST_STAMP)  ## the test suite
 	@$(IN_VENV) -m pytest
 
-test-slow: $(STAMP)  ## the tests that take minutes
+test-slow: $(TEST_STAMP)  ## the tests that take minutes
 	@$(IN_VENV) -m pytest -m slow
 
-lint: $(STAMP)  ## ruff: rules and format
+lint: $(TEST_STAMP)  ## ruff: rules and format
 	@$(IN_VENV) -m ruff check .
 	@$(IN_VENV) -m ruff format --check .
 
-format: $(STAMP)  ## let ruff put the code in order
+format: $(TEST_STAMP)  ## let ruff put the code in order
 	@$(IN_VENV) -m ruff check --fix .
 	@$(IN_VENV) -m ruff format .
 

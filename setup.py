@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
 README = HERE / "README.md"
-CONVERT = ["diffusers", "torch==2.13.0"]  # never imported by the library: the models that the converters are tested with
+CONVERT = ["diffusers", "torch==2.13.0"]  # what the converters are tested against; the library never imports them
 TEST = ["beartype", "hypothesis", "pytest>=8", "ruff>=0.17,<0.18", *CONVERT]
 
 setup(

@@ -29,7 +29,7 @@ def get_config(stage: str = "encoder") -> ConfigDict:
     config.end_lr = 1e-5
     config.log_every, config.preview_every, config.checkpoint_every, config.keep = 50, 1000, 500, 2
 
-    picture = ConfigDict({"l1": 1.0, "lpips": 1.0, "adversarial": 0.0, "phase": 20.0, "crop": 48, "stages": 3})
+    picture = ConfigDict({"l1": 6.0, "lpips": 1.0, "adversarial": 0.0, "phase": 40.0, "crop": 48, "stages": 3})
     picture.weights = config_dict.placeholder(str)
     if stage != "encoder":
         picture.adversarial = 0.1  # Real-ESRGAN's weight beside L1 and a perceptual loss of weight 1
@@ -43,6 +43,7 @@ def get_config(stage: str = "encoder") -> ConfigDict:
     elif stage == "dit":
         config.task_type = "dpir_jax.training.dpir_tasks:DiTTask"
         config.task = ConfigDict({"system": "nano", "recipes": ("realesrgan", "light"), "picture": picture})
+        picture.l1 = 3.0
         config.task.flow_weight = 0.1
         config.task.local_crop = 128
         config.task.prompt_dropout = 0.1

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from convert_weights.engine import export, load_into
+from convert_weights.engine import export, leaves, load_into, torch_pieces
 from convert_weights.unet import UNET_RULES, controlnet_config, controlnet_rules, unet_config
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import use_attention_backend
 from dpir_jax.models.controlnet import ControlNet, ControlNetConfig, start_from
 from dpir_jax.models.precision import BFLOAT16, FLOAT32
 from dpir_jax.models.unet import UNet, UNetConfig, enlarged
-from tests.networks import assert_same_tensors, check_axes, parameter_count, published_keys, quick_jit, random_network
+from tests.networks import assert_same_tensors, check_axes, published_keys, quick_jit, random_network
 
 TINY, TINY_CONTROL = UNetConfig.tiny(), ControlNetConfig.tiny()
 PUBLISHED = {
@@ -39,16 +39,19 @@ def inputs(seed=0):
 
 
 def test_published_sizes():
-    sd2, seesr = UNetConfig.sd2(), UNetConfig.seesr()
-    assert parameter_count(unet(sd2)) == 865_910_724
-    assert parameter_count(unet(seesr)) == pytest.approx(1126.76e6, abs=5e3)
-    assert len(published_keys(unet(sd2), UNET_RULES)) == 686
-    assert len(published_keys(unet(seesr), UNET_RULES)) == 1102
     control = ControlNetConfig.seesr()
-    assert parameter_count(controlnet(control)) == pytest.approx(489.03e6, abs=5e3)
-    assert parameter_count(controlnet(ControlNetConfig.sd2())) == pytest.approx((489.03 - 124.80) * 1e6, abs=1e4)
-    assert len(published_keys(controlnet(control), controlnet_rules(control))) == 522
-    assert len(sd2.skip_channels) == 12
+    nets = {  # parameters and keys, with and without image attention
+        "unet": (unet(UNetConfig.seesr()), UNET_RULES, (1126.76e6, 1102), (865_910_724, 686)),
+        "controlnet": (controlnet(control), controlnet_rules(control), (489.03e6, 522), (364.23e6, 340)),
+    }
+    for make, rules, whole, plain in nets.values():
+        shapes = leaves(nnx.eval_shape(make))
+        without = {path: leaf for path, leaf in shapes.items() if ".looks.image." not in path}
+        for found, (parameters, keys) in ((shapes, whole), (without, plain)):
+            count = sum(int(np.prod(leaf.shape)) for leaf in found.values())
+            assert count == (parameters if isinstance(parameters, int) else pytest.approx(parameters, abs=6e3))
+            assert len(torch_pieces(found, rules)) == keys
+    assert len(UNetConfig.sd2().skip_channels) == 12
 
 
 def test_published_configs_are_read():
