@@ -1,6 +1,9 @@
-"""dpir-nano: the embedded DPIR model, trained on two CPU cores in two stages.
+"""dpir-nano: the embedded DPIR model, trained on two CPU cores in three stages.
 
-    dpir train  --config configs/dpir_nano.py:encoder --workdir runs/nano_encoder
+    dpir train  --config configs/dpir_nano.py:decoder --workdir runs/nano_decoder
+    dpir export --workdir runs/nano_decoder --out runs/nano_decoder/model
+    dpir train  --config configs/dpir_nano.py:encoder --workdir runs/nano_encoder \\
+        --config.task.init_from=runs/nano_decoder/model
     dpir export --workdir runs/nano_encoder --out runs/nano_encoder/model
     dpir train  --config configs/dpir_nano.py:dit --workdir runs/nano_dit \\
         --config.task.init_from=runs/nano_encoder/model
@@ -18,7 +21,7 @@ PHOTOS = ("../shared/photos/train",)
 
 
 def get_config(stage: str = "encoder") -> ConfigDict:
-    """The recipe of one stage: encoder, dit or control."""
+    """The recipe of one stage: decoder, encoder, dit or control."""
     config = ConfigDict()
     config.seed = 0
     config.b1, config.b2, config.eps, config.weight_decay = 0.9, 0.99, 1e-8, 1e-4
@@ -29,34 +32,40 @@ def get_config(stage: str = "encoder") -> ConfigDict:
     config.end_lr = 1e-5
     config.log_every, config.preview_every, config.checkpoint_every, config.keep = 50, 1000, 500, 2
 
-    picture = ConfigDict({"l1": 6.0, "lpips": 1.0, "adversarial": 0.0, "phase": 40.0, "crop": 48, "stages": 3})
+    picture = ConfigDict({"l1": 5.0, "lpips": 1.0, "dists": 1.0, "adversarial": 0.0, "phase": 40.0})
+    picture.crop, picture.stages = 48, 4
     picture.weights = config_dict.placeholder(str)
-    if stage != "encoder":
-        picture.adversarial = 0.1  # Real-ESRGAN's weight beside L1 and a perceptual loss of weight 1
-    if stage in ("encoder", "control"):
+    config.task = ConfigDict({"system": "nano", "picture": picture})
+    crop = global_crop = 96
+    if stage == "decoder":
+        config.task_type = "dpir_jax.training.dpir_tasks:DecoderTask"
+        picture.l1, picture.adversarial = 3.0, 0.05
+        config.batch, config.steps, config.learning_rate, config.decay_steps = 8, 2000, 1e-3, 800
+    elif stage in ("encoder", "control"):
         config.task_type = "dpir_jax.training.dpir_tasks:EncoderTask"
-        config.task = ConfigDict({"system": "nano", "recipes": ("realesrgan", "light"), "picture": picture})
-        config.batch, config.steps, config.learning_rate = 12, 6000, 1e-3
-        crop = global_crop = 96
+        config.task.recipes = ("realesrgan", "light")
+        config.task.init_from = config_dict.placeholder(str)
+        config.batch, config.steps, config.learning_rate, config.decay_steps = 12, 5000, 1e-3, 2000
         if stage == "control":
+            picture.adversarial = 0.1
             config.steps, config.learning_rate, config.decay_steps = 4500, 3e-4, 1500
     elif stage == "dit":
         config.task_type = "dpir_jax.training.dpir_tasks:DiTTask"
-        config.task = ConfigDict({"system": "nano", "recipes": ("realesrgan", "light"), "picture": picture})
-        picture.l1 = 3.0
+        config.task.recipes = ("realesrgan", "light")
+        config.task.init_from = config_dict.placeholder(str)
+        picture.adversarial = 0.1  # Real-ESRGAN's weight beside L1 and a perceptual loss of weight 1
         config.task.flow_weight = 0.1
+        config.task.start_share, config.task.rollout_share = 0.3, 0.4
         config.task.local_crop = 128
         config.task.prompt_dropout = 0.1
         config.task.train_prompts = True
         config.task.description = "DPIR at a small size, for photos x4 on a CPU"
         config.task.restore = {"steps": 4, "guidance": 1.0}
-        config.batch, config.steps, config.learning_rate = 8, 3000, 5e-4
-        config.decay_steps = 1000
+        config.batch, config.steps, config.learning_rate, config.decay_steps = 8, 4000, 5e-4, 1500
         crop, global_crop = 128, 160
     else:
-        raise ValueError(f"stage is {stage!r}; it must be encoder, dit or control")
+        raise ValueError(f"stage is {stage!r}; it must be decoder, encoder, dit or control")
     config.task.photos = PHOTOS
-    config.task.init_from = config_dict.placeholder(str)
     config.data = ConfigDict({"folders": PHOTOS, "local_crop": crop, "global_crop": global_crop})
     config.data.by_area, config.data.flips, config.data.rotations = True, True, True
     config.data.scale_jitter_prob = 0.3

@@ -1,4 +1,4 @@
-"""Both stages of DPIR's training with a tiny system: what is trained, what it starts from, on one and eight devices."""
+"""The stages of DPIR's training with a tiny system: what is trained, what it starts from, on one and eight devices."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from dpir_jax.errors import InputError
 from dpir_jax.parallel.mesh import MeshConfig, make_mesh
 from dpir_jax.parallel.sharding import put_batch
 from dpir_jax.training.config import TrainConfig
-from dpir_jax.training.dpir_tasks import DiTTask, EncoderTask, sample_crops
+from dpir_jax.training.dpir_tasks import DecoderTask, DiTTask, EncoderTask, PictureLoss, sample_crops
 from dpir_jax.training.state import init_state
 from dpir_jax.training.step import make_train_step
 
@@ -27,6 +27,11 @@ def photos(tmp_path_factory):
         small = rng.uniform(0, 255, (12, 12, 3)).astype(np.uint8)
         Image.fromarray(small).resize((96, 96), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
     return folder
+
+
+@pytest.fixture(scope="module")
+def stage_zero(photos):
+    return DecoderTask.from_config({"system": "tiny", "photos": (str(photos),), "picture": PICTURE})
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,8 @@ def stage_two(photos, stage_one):
             "init_from": str(stage_one[2]),
             "local_crop": 32,
             "train_prompts": True,
+            "start_share": 0.3,
+            "rollout_share": 0.4,
         }
     )
 
@@ -60,6 +67,32 @@ def batch(photos, size=48):
     crops = sample_crops((str(photos),), 8, size, seed=3)
     corners = np.random.default_rng(0).integers(0, size - 32 + 1, (8, 2)).astype(np.int32)
     return {"hq": (crops * 255).astype(np.uint8), "box": corners}
+
+
+def test_the_decoder_stage_trains_the_refiner_alone(photos, stage_zero):
+    _, moved, kept = three_steps(stage_zero, batch(photos), MeshConfig(data=1))
+    assert {name.split(".")[1] for name in moved} == {"refiner", "discriminator"}
+    assert kept
+
+
+def test_stage_one_starts_at_the_decoder_stage(photos, stage_zero, tmp_path):
+    trained = stage_zero.init(jax.random.key(0))
+    trained.autoencoder.refiner.last.bias[...] += 0.25
+    stage_zero.export(trained, tmp_path / "model")
+    settings = {"system": "tiny", "init_from": str(tmp_path / "model"), "picture": {"lpips": 0.0}}
+    model = EncoderTask.from_config(settings).init(jax.random.key(1))
+    hq = jnp.asarray(sample_crops((str(photos),), 2, 32, seed=1))
+    np.testing.assert_array_equal(model.robust_encoder(hq)[0], trained.autoencoder.encode(hq)[0])
+    latent = model.robust_encoder(hq)[0]
+    np.testing.assert_array_equal(model.autoencoder.decode(latent), trained.autoencoder.decode(latent))
+
+
+def test_the_noise_of_the_decoder_stage_is_that_of_fine_structure(photos, stage_zero):
+    model = stage_zero.init(jax.random.key(0))
+    noise = stage_zero._noise(model, jnp.zeros((64, 32, 32, 3)), jax.random.key(1))
+    by_channel = np.sqrt(np.mean(np.square(noise), axis=(0, 1, 2)))  # channels come strongest first
+    assert (np.diff(by_channel) > -0.02).all()
+    assert by_channel.max() < stage_zero.noise / np.sqrt(3) * 1.2
 
 
 def test_stage_one_starts_at_the_fitted_autoencoder(photos, stage_one):
@@ -87,6 +120,15 @@ def test_stage_two_needs_stage_one(photos):
         EncoderTask.from_config({"colour": 1})
     with pytest.raises(InputError, match=r"task.picture.vgg is not a setting"):
         EncoderTask.from_config({"picture": {"vgg": 1}})
+
+
+def test_contradictory_settings_are_named():
+    with pytest.raises(InputError, match=r"picture.net is 'alex'; picture.dists needs 'vgg'"):
+        PictureLoss(net="alex", dists=1.0)
+    with pytest.raises(InputError, match=r"task.system is 'sd3_medium'"):
+        DecoderTask.from_config({"system": "sd3_medium"})
+    with pytest.raises(InputError, match=r"task.rollout_share needs 'x0'"):
+        DiTTask.from_config({"loss_kind": "velocity", "rollout_share": 0.5})
 
 
 def three_steps(task, data, mesh_config):

@@ -26,10 +26,9 @@ class DISTS(nnx.Module):
     """Distance of image pairs. A pytree whose weights are frozen: pass it to jit as an argument. Differentiable."""
 
     def __init__(self, trunk: Trunk, alpha: Float[Array, "1475"], beta: Float[Array, "1475"]):
-        total = jnp.sum(alpha) + jnp.sum(beta)
         self.trunk = trunk
-        self.alpha = MetricWeight(alpha / total, axes="_")
-        self.beta = MetricWeight(beta / total, axes="_")
+        self.alpha = MetricWeight(alpha, axes="_")
+        self.beta = MetricWeight(beta, axes="_")
 
     @classmethod
     def load(cls, folder: str | os.PathLike | None = None) -> Self:
@@ -38,15 +37,35 @@ class DISTS(nnx.Module):
         Raises:
           InputError: they are missing or damaged.
         """
-        weights = read_weights("dists_vgg16_alpha_beta.safetensors", folder)
-        alpha, beta = (jnp.asarray(weights[name].reshape(-1)) for name in ("alpha", "beta"))
+        alpha, beta = dists_weights(folder)
         return cls(vgg16(read_weights("lpips_vgg16.safetensors", folder), pool=l2_pool), alpha, beta)
 
     def __call__(self, a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> Float[Array, "B"]:
         """Distance of each pair of RGB images in [0, 1]; 0 means equal."""
-        pairs = zip([a, *self.trunk(_scaled(a))], [b, *self.trunk(_scaled(b))])
-        texture, structure = (jnp.concatenate(terms, -1) for terms in zip(*(_similarity(x, y) for x, y in pairs)))
-        return 1 - jnp.sum(self.alpha[...] * texture + self.beta[...] * structure, -1)
+        features = ([image, *self.trunk(_scaled(image))] for image in (a, b))
+        return dists_distance(*features, self.alpha[...], self.beta[...])
+
+
+def dists_distance(
+    a: list[Float[Array, "B H W C"]],
+    b: list[Float[Array, "B H W C"]],
+    alpha: Float[Array, "N"],
+    beta: Float[Array, "N"],
+) -> Float[Array, "B"]:
+    """Equation (3) on features, the image itself first, for weights that sum to 1 over the N channels of all stages."""
+    texture, structure = (jnp.concatenate(terms, -1) for terms in zip(*(_similarity(x, y) for x, y in zip(a, b))))
+    return 1 - jnp.sum(alpha * texture + beta * structure, -1)
+
+
+def dists_weights(
+    folder: str | os.PathLike | None = None, stages: int = 5
+) -> tuple[Float[Array, "N"], Float[Array, "N"]]:
+    """DISTS's alpha and beta of the image and the first `stages` of VGG16, scaled to sum to 1 together."""
+    weights = read_weights("dists_vgg16_alpha_beta.safetensors", folder)
+    channels = sum((3, 64, 128, 256, 512, 512)[: stages + 1])
+    alpha, beta = (jnp.asarray(weights[name].reshape(-1)[:channels]) for name in ("alpha", "beta"))
+    total = jnp.sum(alpha) + jnp.sum(beta)
+    return alpha / total, beta / total
 
 
 def l2_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B ceil(H/2) ceil(W/2) C"]:

@@ -6,6 +6,7 @@ with `a_l` the trunk's features of stage l, scaled to unit length over the chann
 """
 
 import os
+from collections.abc import Callable
 from typing import Literal, Self
 
 import jax
@@ -34,12 +35,17 @@ class LPIPS(nnx.Module):
 
     @classmethod
     def load(
-        cls, net: Literal["alex", "vgg"] = "alex", folder: str | os.PathLike | None = None, *, stages: int = 5
+        cls,
+        net: Literal["alex", "vgg"] = "alex",
+        folder: str | os.PathLike | None = None,
+        *,
+        stages: int = 5,
+        pool: Callable | None = None,
     ) -> Self:
         """Reads the weights: AlexNet's come with the package, VGG16's from `folder` (see `weight_files`).
 
         `stages` < 5 cuts the trunk after that many stages and leaves the later terms of (1) out: a cheap training loss,
-        smaller than the metric.
+        smaller than the metric. `pool` replaces the trunk's max-pools, e.g. by `dists.l2_pool`.
 
         Raises:
           InputError: unknown net, stages outside 1..5, or weights that are missing or damaged.
@@ -51,7 +57,7 @@ class LPIPS(nnx.Module):
         name, make_trunk = _NETS[net]
         weights = read_weights(name, folder)
         heads = [jnp.asarray(weights[f"lin{stage}.weight"].reshape(-1)) for stage in range(stages)]
-        return cls(make_trunk(weights, stages), heads)
+        return cls(make_trunk(weights, stages, **({"pool": pool} if pool else {})), heads)
 
     def __call__(self, a: Float[Array, "B H W 3"], b: Float[Array, "B H W 3"]) -> Float[Array, "B"]:
         """Distance of each pair of RGB images in [0, 1]; 0 means equal."""

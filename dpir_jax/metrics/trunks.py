@@ -101,9 +101,9 @@ class Trunk(nnx.Module):
         return features
 
 
-def alexnet(weights: Mapping[str, np.ndarray], stages: int = 5) -> Trunk:
+def alexnet(weights: Mapping[str, np.ndarray], stages: int = 5, pool: Callable = max_pool_3x3) -> Trunk:
     """The first `stages` of AlexNet: 64, 192, 384, 256, 256 channels."""
-    return Trunk(weights, ALEXNET[:stages], ALEXNET_POOLED, max_pool_3x3)
+    return Trunk(weights, ALEXNET[:stages], ALEXNET_POOLED, pool)
 
 
 def vgg16(weights: Mapping[str, np.ndarray], stages: int = 5, pool: Callable = max_pool_2x2) -> Trunk:

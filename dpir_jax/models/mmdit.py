@@ -136,10 +136,10 @@ class MMDiTConfig:
 
     @classmethod
     def nano(cls) -> "MMDiTConfig":
-        """DPIR at a size that two CPU cores can train: 3 M parameters."""
+        """DPIR at a size that two CPU cores can train: 7 M parameters."""
         return cls(
             num_layers=5,
-            num_heads=4,
+            num_heads=6,
             head_dim=32,
             context_dim=128,
             pooled_dim=128,

@@ -1,5 +1,6 @@
-"""The two stages of DPIR as training tasks.
+"""The stages of DPIR as training tasks.
 
+    stage 0   D        of the small models only, whose autoencoder is their own: pictures from noisy latents
     stage 1   E_dr     |D(E_dr(x_lq)) - x_hq|_1 + l LPIPS + g GAN                D frozen (paper, section 3)
     stage 2   DiT      the flow's loss on z_hq (or E_dr's residual)              E_dr, D frozen; DiT, LQ branch trained
 
@@ -25,7 +26,9 @@ from dpir_jax.diffusion.flow import interpolate, loss_weight, velocity_loss
 from dpir_jax.diffusion.samplers import euler
 from dpir_jax.diffusion.schedule import FlowSchedule, draw_time
 from dpir_jax.errors import InputError
+from dpir_jax.metrics.dists import dists_distance, dists_weights, l2_pool
 from dpir_jax.metrics.lpips import LPIPS
+from dpir_jax.metrics.trunks import MetricWeight
 from dpir_jax.models.autoencoder import Autoencoder, Encoder
 from dpir_jax.models.clip import clip_preprocess
 from dpir_jax.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PatchEncoder
@@ -43,6 +46,7 @@ SYSTEMS = {"tiny": DPIRConfig.tiny, "nano": DPIRConfig.nano, "sd3_medium": DPIRC
 class PictureLoss:
     """What a decoded picture is compared by; a weight of 0 leaves the term out.
 
+    `dists`: weight of DISTS on the same trunk, which then has DISTS's L2 pools (net "vgg" only).
     `phase`: weight of `phase_loss`, which keeps a decoder's grid out.
     `crop`: side in pixels of the random part that LPIPS and the discriminator see (0: all of it).
     `net`, `stages`: the perceptual network, "vgg" or "alex", and how many of its five stages are run. AlexNet's weights
@@ -51,6 +55,7 @@ class PictureLoss:
 
     l1: float = 1.0
     lpips: float = 1.0
+    dists: float = 0.0
     adversarial: float = 0.0
     phase: float = 0.0
     crop: int = 64
@@ -58,12 +63,24 @@ class PictureLoss:
     stages: int = 3
     weights: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.dists and self.net != "vgg":
+            raise InputError(f"picture.net is {self.net!r}; picture.dists needs 'vgg'")
+
+    @property
+    def needs_critics(self) -> bool:
+        """Whether a perceptual network takes part."""
+        return bool(self.lpips or self.dists or self.adversarial)
+
 
 class Critics(nnx.Module):
     """The frozen perceptual network and the discriminator that goes with it."""
 
     def __init__(self, config: PictureLoss, *, rngs: nnx.Rngs) -> None:
-        self.perceptual = LPIPS.load(config.net, config.weights, stages=config.stages)
+        pool = l2_pool if config.dists else None
+        self.perceptual = LPIPS.load(config.net, config.weights, stages=config.stages, pool=pool)
+        if config.dists:
+            self.alpha, self.beta = map(MetricWeight, dists_weights(config.weights, config.stages))
         if config.adversarial:
             self.discriminator = Discriminator(TRUNK_CHANNELS[config.net][: config.stages], rngs=rngs)
 
@@ -111,6 +128,10 @@ def picture_loss(
     fake = critics.perceptual.features(image)
     metrics["lpips"] = jnp.mean(critics.perceptual.distance(fake, real))
     total += config.lpips * metrics["lpips"]
+    if config.dists:
+        weights = critics.alpha[...], critics.beta[...]
+        metrics["dists"] = jnp.mean(dists_distance([image, *fake], [hq, *real], *weights))
+        total += config.dists * metrics["dists"]
     if config.adversarial:
         metrics["generator"], metrics["judge"] = adversarial_losses(critics.discriminator, real, fake)
         total += config.adversarial * metrics["generator"] + metrics["judge"]
@@ -175,6 +196,89 @@ def _from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
     return cls(**values)
 
 
+# --- stage 0 ---------------------------------------------------------------------------------------------------------
+
+
+class DecoderModel(nnx.Module):
+    """Stage 0's networks: the autoencoder and the critics."""
+
+    def __init__(self, config: PatchAutoencoderConfig, picture: PictureLoss, *, rngs: nnx.Rngs) -> None:
+        self.autoencoder = PatchAutoencoder(config, rngs=rngs)
+        if picture.needs_critics:
+            self.critics = Critics(picture, rngs=rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderTask:
+    """Stage 0: a patch autoencoder's decoder, on noisy latents.
+
+    Later stages deliver imprecise latents; a decoder that has only seen exact ones draws every error as a pattern.
+    They err most in the fine structure, so channel k, whose variance is 1 and whose deviation in the picture is s_k,
+    gets noise of deviation u min(1, `fine` / s_k), with u drawn from [0, `noise`] for each sample.
+    """
+
+    system: str = "nano"
+    noise: float = 0.5
+    fine: float = 0.15
+    picture: PictureLoss = PictureLoss()
+    photos: tuple[str, ...] = ()
+
+    trainable = nnx.Any(nnx.PathContains("refiner"), nnx.PathContains("discriminator"))
+    adversary = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.config, PatchAutoencoderConfig) or not self.config.decoder_widths:
+            raise InputError(f"task.system is {self.system!r}, whose autoencoder has no decoder to train in this stage")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """From a recipe's `task` section."""
+        return _from_mapping(cls, config, "task")
+
+    @property
+    def config(self) -> PatchAutoencoderConfig:
+        """The autoencoder."""
+        return SYSTEMS[self.system]().autoencoder
+
+    def init(self, key: jax.Array) -> DecoderModel:
+        """Fits the linear part in closed form; the refiner starts at zero."""
+        model = DecoderModel(self.config, self.picture, rngs=nnx.Rngs(key))
+        model.autoencoder.fit(2 * sample_crops(self.photos, 512, 64, seed=0) - 1)
+        return model
+
+    def _decoded(self, model: DecoderModel, hq: Float[Array, "B H W 3"], noise: Array) -> Float[Array, "B H W 3"]:
+        latent = model.autoencoder.encode(2 * hq - 1)[0]
+        return model.autoencoder.decode(latent + noise) / 2 + 0.5
+
+    def _noise(self, model: DecoderModel, hq: Float[Array, "B H W 3"], key: jax.Array) -> Float[Array, "B h w C"]:
+        level_key, noise_key = jax.random.split(key)
+        level = jax.random.uniform(level_key, (len(hq), 1, 1, 1), maxval=self.noise)
+        deviations = jax.lax.rsqrt(jnp.sum(jnp.square(model.autoencoder.encoder.project.kernel[...]), 0))
+        level *= jnp.minimum(1, self.fine / deviations)
+        cells = (side // self.config.patch_size for side in hq.shape[1:3])
+        return level * jax.random.normal(noise_key, (len(hq), *cells, self.config.latent_channels))
+
+    def loss(self, model: DecoderModel, batch: Mapping[str, Array], key: jax.Array) -> tuple[Array, dict[str, Array]]:
+        """The picture loss of decoded noisy latents."""
+        hq = as_float(batch["hq"])
+        noise_key, picture_key = jax.random.split(key)
+        critics = model.critics if self.picture.needs_critics else None
+        image = self._decoded(model, hq, self._noise(model, hq, noise_key))
+        return picture_loss(self.picture, critics, image, hq, picture_key, self.config.patch_size)
+
+    def preview(self, model: DecoderModel, batch: Mapping[str, Array], key: jax.Array) -> Float[Array, "B H W 3"]:
+        """Rows of decoded noisy latent | decoded exact latent | original."""
+        hq = as_float(batch["hq"])
+        noise = self._noise(model, hq, key)
+        decoded = [self._decoded(model, hq, scale * noise) for scale in (1, 0)]
+        return jnp.clip(jnp.concatenate([*decoded, hq], 2), 0, 1)
+
+    def export(self, model: DecoderModel, out: Path) -> None:
+        """Writes what stage 1 starts from: the autoencoder."""
+        description = {"system": "patch-autoencoder", "config": to_json(self.config)}
+        model_folder.save_networks(out, description, {"autoencoder": model.autoencoder})
+
+
 # --- stage 1 ---------------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +292,7 @@ class EncoderModel(nnx.Module):
         else:
             self.autoencoder = Autoencoder(system.autoencoder, rngs=rngs)
             self.robust_encoder = Encoder(system.robust_encoder, rngs=rngs)
-        if picture.lpips or picture.adversarial:
+        if picture.needs_critics:
             self.critics = Critics(picture, rngs=rngs)
 
 
@@ -241,7 +345,7 @@ class EncoderTask:
         """The stage's loss on a batch of good crops."""
         hq = as_float(batch["hq"])
         lq = make_pairs(jax.random.fold_in(key, 0), hq, _recipes(self.recipes, self.scale))
-        critics = model.critics if hasattr(model, "critics") else None
+        critics = model.critics if self.picture.needs_critics else None
         return picture_loss(
             self.picture, critics, self.restored(model, lq), hq, jax.random.fold_in(key, 1), self.config.latent_factor
         )
@@ -266,7 +370,7 @@ class DiTModel(nnx.Module):
 
     def __init__(self, system: DPIRConfig, picture: PictureLoss | None, *, rngs: nnx.Rngs) -> None:
         self.system = DPIR(system, rngs=rngs)
-        if picture is not None and (picture.lpips or picture.adversarial):
+        if picture is not None and picture.needs_critics:
             self.critics = Critics(picture, rngs=rngs)
 
 
@@ -275,6 +379,9 @@ class DiTTask:
     """Stage 2: the DiT with its LQ branch.
 
     `init_from`: the model folder of stage 1. `loss_kind`: "x0" is the published loss, "velocity" the paper's.
+    `start_share`: share of the samples at sigma 1, where sampling starts and with one step also ends.
+    `rollout_share`: share of the samples whose z_t holds the model's own estimate from sigma 1 in place of z_0, as it
+    does from the second step of sampling on (the backward simulation of DMD2, arXiv 2405.14867); "x0" only.
     `flow_weight`: of that loss; `picture`: extra terms on D(z_0) (None: the published loss alone).
     `train_prompts`: train the image encoders too.
     `description`, `restore`: what the exported model says of itself, and its own settings for restoring.
@@ -287,6 +394,8 @@ class DiTTask:
     local_crop: int = 128
     loss_kind: Literal["x0", "velocity"] = "x0"
     time: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    start_share: float = 0.0
+    rollout_share: float = 0.0
     shift: float = 3.0
     prompt_dropout: float = 0.464
     flow_weight: float = 1.0
@@ -298,6 +407,10 @@ class DiTTask:
     restore: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     adversary = None
+
+    def __post_init__(self) -> None:
+        if self.rollout_share and self.loss_kind != "x0":
+            raise InputError(f"task.loss_kind is {self.loss_kind!r}; task.rollout_share needs 'x0'")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -364,7 +477,16 @@ class DiTTask:
         noise = jax.random.normal(keys[4], z0.shape)
         time_key, picture_key = jax.random.split(keys[5])
         sigma = FlowSchedule(shift=self.shift).training_sigma(draw_time(time_key, (count,), self.time))
-        velocity, estimate = system.predict(interpolate(z0, noise, sigma), sigma, condition, system.control(lq_latent))
+        if self.start_share:
+            start = jax.random.uniform(jax.random.fold_in(time_key, 1), (count,)) < self.start_share
+            sigma = jnp.where(start, 1.0, sigma)
+        control = system.control(lq_latent)
+        held = z0
+        if self.rollout_share:
+            own = jax.random.uniform(jax.random.fold_in(time_key, 2), (count,)) < self.rollout_share
+            first = system.predict(noise, jnp.ones(count), condition, control)[1]
+            held = jnp.where(own[:, None, None, None], jax.lax.stop_gradient(first), z0)
+        velocity, estimate = system.predict(interpolate(held, noise, sigma), sigma, condition, control)
         if self.loss_kind == "velocity":
             flow = velocity_loss(velocity, z0, noise, loss_weight(sigma))
         else:  # z - sigma v = z_0's estimate, so this is the published sigma^2-weighted loss
@@ -373,7 +495,7 @@ class DiTTask:
         if self.picture is None:
             return self.flow_weight * flow, metrics
         image = system.decode(system.from_flow(estimate, lq_latent))
-        critics = model.critics if hasattr(model, "critics") else None
+        critics = model.critics if self.picture.needs_critics else None
         extra, terms = picture_loss(self.picture, critics, image, hq, picture_key, self.config.latent_factor)
         return self.flow_weight * flow + extra, metrics | terms
 
