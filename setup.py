@@ -8,7 +8,9 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 README = HERE / "README.md"
 CONVERT = ["diffusers", "torch==2.13.0"]  # what the converters are tested against; the library never imports them
-TEST = ["beartype", "hypothesis", "pytest>=8", "ruff>=0.17,<0.18", *CONVERT]
+TFDS = ["importlib_resources", "tensorflow-datasets"]  # the former is missing among the latter's own dependencies
+TPU = ["jax[tpu]>=0.10,<0.13"]  # libtpu: the chips' driver, and their compiler also where there are none
+TEST = ["beartype", "hypothesis", "pytest>=8", "pytest-xdist", "ruff>=0.17,<0.18", *CONVERT, *TFDS, *TPU]
 
 setup(
     name="dpir-jax",
@@ -31,6 +33,7 @@ setup(
     entry_points={"console_scripts": ["dpir=dpir_jax.cli:main"]},  # the generated script passes the status to sys.exit
     install_requires=[
         "absl-py",
+        "array-record",
         "einops",
         "flax>=0.12",
         "grain>=0.2.12",
@@ -41,6 +44,7 @@ setup(
         "optax",
         "orbax-checkpoint",
         "pillow>=11.3",
+        "protobuf",
         "safetensors",
         "tensorboardX",
         "tqdm",
@@ -49,8 +53,9 @@ setup(
     extras_require={
         "test": TEST,
         "convert": CONVERT,
-        "tfds": ["array-record", "tensorflow-datasets"],
-        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "tfds": TFDS,
+        "beam": ["apache-beam", *TFDS],
+        "tpu": TPU,
         "cuda": ["jax[cuda13]>=0.10,<0.13"],
     },
 )

@@ -21,7 +21,7 @@ PHOTOS = ("../shared/photos/train",)
 
 
 def get_config(stage: str = "encoder") -> ConfigDict:
-    """The recipe of one stage: decoder, encoder, dit or control."""
+    """The recipe of one stage: decoder, latent, encoder, flow, dit or control."""
     config = ConfigDict()
     config.seed = 0
     config.b1, config.b2, config.eps, config.weight_decay = 0.9, 0.99, 1e-8, 1e-4
@@ -41,30 +41,39 @@ def get_config(stage: str = "encoder") -> ConfigDict:
         config.task_type = "dpir_jax.training.dpir_tasks:DecoderTask"
         picture.l1, picture.adversarial = 3.0, 0.05
         config.batch, config.steps, config.learning_rate, config.decay_steps = 8, 2000, 1e-3, 800
-    elif stage in ("encoder", "control"):
+    elif stage in ("latent", "encoder", "control"):
         config.task_type = "dpir_jax.training.dpir_tasks:EncoderTask"
         config.task.recipes = ("realesrgan", "light")
         config.task.init_from = config_dict.placeholder(str)
-        config.batch, config.steps, config.learning_rate, config.decay_steps = 12, 5000, 1e-3, 2000
-        if stage == "control":
+        config.task.local_crop, config.task.crops = 128, 4
+        config.batch, config.steps, config.learning_rate, config.decay_steps = 4, 5000, 1e-3, 2000
+        crop, global_crop = 128, 320
+        if stage == "latent":  # without the decoder: twice as many crops a second
+            config.task.picture = None
+        elif stage == "control":
             picture.adversarial = 0.1
             config.steps, config.learning_rate, config.decay_steps = 4500, 3e-4, 1500
-    elif stage == "dit":
+    elif stage in ("flow", "dit"):
         config.task_type = "dpir_jax.training.dpir_tasks:DiTTask"
         config.task.recipes = ("realesrgan", "light")
         config.task.init_from = config_dict.placeholder(str)
-        picture.adversarial = 0.1  # Real-ESRGAN's weight beside L1 and a perceptual loss of weight 1
-        config.task.flow_weight = 0.1
-        config.task.start_share, config.task.rollout_share = 0.3, 0.4
-        config.task.local_crop = 128
+        config.task.local_crop, config.task.crops = 128, 4
         config.task.prompt_dropout = 0.1
         config.task.train_prompts = True
         config.task.description = "DPIR at a small size, for photos x4 on a CPU"
         config.task.restore = {"steps": 4, "guidance": 1.0}
-        config.batch, config.steps, config.learning_rate, config.decay_steps = 8, 4000, 5e-4, 1500
-        crop, global_crop = 128, 160
+        crop, global_crop = 128, 320
+        if stage == "flow":  # the published loss alone: four times as many crops a second
+            config.task.picture = None
+            config.batch, config.steps, config.learning_rate = 4, 4000, 1e-3
+            config.schedule, config.end_lr = "constant", 0.0
+        else:
+            picture.adversarial = 0.1  # Real-ESRGAN's weight beside L1 and a perceptual loss of weight 1
+            config.task.flow_weight = 0.1
+            config.task.start_share, config.task.rollout_share = 0.3, 0.4
+            config.batch, config.steps, config.learning_rate, config.decay_steps = 2, 4000, 5e-4, 800
     else:
-        raise ValueError(f"stage is {stage!r}; it must be decoder, encoder, dit or control")
+        raise ValueError(f"stage is {stage!r}; it must be decoder, latent, encoder, flow, dit or control")
     config.task.photos = PHOTOS
     config.data = ConfigDict({"folders": PHOTOS, "local_crop": crop, "global_crop": global_crop})
     config.data.by_area, config.data.flips, config.data.rotations = True, True, True

@@ -13,6 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from convert_weights import lora
+from convert_weights.branch import with_new_branch
 from convert_weights.conversion import TYPES, Conversion, prepare, verify, write, write_torch
 from convert_weights.families import CONFIGS, FAMILIES, Family, encoder_only, of_network, parts, recognise
 from convert_weights.readers import PIPELINE, Source, locate, open_source
@@ -26,8 +27,9 @@ from dpir_jax.systems.dpir import DPIRConfig
 
 CLASSES = (  # of diffusers pipelines, those that have a family
     *("SD3Transformer2DModel", "AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection"),
-    *("CLIPVisionModelWithProjection", "T5EncoderModel"),
+    *("CLIPVisionModelWithProjection", "T5EncoderModel", "UNet2DConditionModel", "ControlNetModel"),
 )
+ADAPTED = ("mmdit", "ram")  # networks that take a LoRA
 NO_NETWORKS = ("Scheduler", "Tokenizer", "TokenizerFast", "Processor", "FeatureExtractor")
 ROLES = {  # networks of DPIR: kind of network and folder in an SD3 pipeline
     "transformer": ("mmdit", "transformer"),
@@ -102,6 +104,7 @@ def _dpir_parser(prog: str) -> argparse.ArgumentParser:
     parser.add_argument("out", metavar="OUT", help="the model folder to write")
     parser.add_argument("--pipeline", metavar="SOURCE", help="an SD3 pipeline: vae, t5 and tokenizer where not named")
     parser.add_argument("--transformer", metavar="SOURCE", required=True, help="DPIR's: SD3 and control_conv")
+    parser.add_argument("--new-branch", action="store_true", help="give SD3's own transformer an untrained branch")
     parser.add_argument("--vae", metavar="SOURCE", help="SD3's autoencoder")
     parser.add_argument("--robust-vae", metavar="SOURCE", required=True, help="DPIR's fine-tuned autoencoder")
     parser.add_argument("--clip-tokens", metavar="SOURCE", required=True, help="CLIP ViT-B/32")
@@ -122,7 +125,8 @@ _SOURCE = (
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=tuple(TYPES), help="what to store floats as; default: as they are")
     parser.add_argument("--variant", metavar="NAME", help="of diffusers files, such as fp16")
-    parser.add_argument("--lora", metavar="SOURCE", help="merge this LoRA into the transformer")
+    parser.add_argument("--lora", metavar="SOURCE", help="merge this LoRA into the transformer, or DAPE into RAM")
+    parser.add_argument("--lora-keep", action="store_true", help="keep DAPE as layers of their own instead")
     parser.add_argument("--lora-scale", type=float, default=1.0, metavar="S", help="default %(default)g")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done; read headers only")
     parser.add_argument("--verify", action="store_true", help="read all back and compare it bit for bit")
@@ -138,8 +142,8 @@ def _convert(arguments: argparse.Namespace) -> None:
             taken = sum(other.name.startswith(family.network) for other in conversions)
             name = f"{family.network}_{taken + 1}" if taken else family.network
             conversions.append(_prepare(arguments, name, source, family))
-    if arguments.lora and not any(conversion.family.network == "mmdit" for conversion in conversions):
-        raise InputError(f"a LoRA goes into a transformer, and {arguments.source} holds none")
+    if arguments.lora and not any(conversion.family.network in ADAPTED for conversion in conversions):
+        raise InputError(f"a LoRA goes into a transformer or RAM, and {arguments.source} holds none")
     networks = {c.name: {"family": c.family.name, "config": to_json(c.config)} for c in conversions}
     _write(arguments, conversions, {"system": "networks", "networks": networks})
 
@@ -159,8 +163,12 @@ def _networks(where: str, variant: str | None) -> list[Source]:
 
 
 def _prepare(arguments: argparse.Namespace, name: str, source: Source, family: Family) -> Conversion:
-    if arguments.lora and family.network == "mmdit":
-        source = lora.merge(source, family, open_source(arguments.lora), arguments.lora_scale)
+    if arguments.lora_keep and (family.network != "ram" or not arguments.lora or arguments.lora_scale != 1):
+        raise InputError("--lora-keep goes with --lora DAPE.pth for RAM, and without --lora-scale")
+    if arguments.lora and family.network in ADAPTED:
+        adapter = open_source(arguments.lora)
+        keep = arguments.lora_keep
+        source = lora.beside(source, adapter) if keep else lora.merge(source, family, adapter, arguments.lora_scale)
     return prepare(name, source, family, arguments.dtype)
 
 
@@ -204,7 +212,8 @@ def _assemble(arguments: argparse.Namespace) -> None:
     found = {role: _role(arguments, role) for role in wanted}
     transformer = found["transformer"].config
     if transformer.lq_branch is None:
-        raise InputError(f"{found['transformer'].source.name} has no control_conv: it is SD3's transformer, not DPIR's")
+        name = found["transformer"].source.name
+        raise InputError(f"{name} has no control_conv: it is SD3's transformer, not DPIR's; to train it: --new-branch")
     vae = found["vae"].config
     config = DPIRConfig(
         autoencoder=vae,
@@ -244,6 +253,8 @@ def _role(arguments: argparse.Namespace, role: str) -> Conversion:
             f"{option} {where or arguments.pipeline} holds {len(found) or 'no'} {network} networks, not one"
         )
     part, family = found[0]
+    if role == "transformer" and arguments.new_branch:
+        part = with_new_branch(part, family)
     name = {"transformer": "mmdit", "vae": "autoencoder", "robust_vae": "robust_encoder"}.get(role, role)
     return _prepare(arguments, name, part, encoder_only(family) if role == "robust_vae" else family)
 

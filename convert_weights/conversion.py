@@ -177,7 +177,8 @@ def write_torch(
     types = {key: np.result_type(*(arrays[part.path].dtype for part in parts)) for key, parts in pieces.items()}
     entries = {key: (_torch_shape(parts[0], arrays), types[key]) for key, parts in pieces.items()}
     usual = max(set(types.values()), key=list(types.values()).count)
-    entries |= {key: (array.shape, usual) for key, array in constants.items()}
+    constants = {key: a if a.dtype.kind in "iu" else a.astype(usual) for key, a in constants.items()}
+    entries |= {key: (array.shape, array.dtype) for key, array in constants.items()}
     prefix, file = (family.prefix, out) if family.layout == "original" else ("", out / _file_name(family))
     file.parent.mkdir(parents=True, exist_ok=True)
     with SafetensorsWriter(file, {prefix + key: entry for key, entry in entries.items()}) as writer:
@@ -186,7 +187,7 @@ def write_torch(
             writer.write(prefix + key, tensor)
             advance(tensor.nbytes)
         for key, array in constants.items():
-            writer.write(prefix + key, array.astype(usual))
+            writer.write(prefix + key, array)
     if family.layout != "original":
         write_json(out / "config.json", family.published(config))
 
@@ -197,4 +198,5 @@ def _torch_shape(part: Any, arrays: Mapping[str, np.ndarray]) -> tuple[int, ...]
 
 
 def _file_name(family: Family) -> str:
-    return "diffusion_pytorch_model.safetensors" if family.network in ("mmdit", "autoencoder") else "model.safetensors"
+    of_diffusers = family.network in ("mmdit", "autoencoder", "unet", "controlnet")
+    return "diffusion_pytorch_model.safetensors" if of_diffusers else "model.safetensors"

@@ -7,17 +7,26 @@ from typing import Any
 
 from flax import nnx
 
-from convert_weights import autoencoder, clip, mmdit, t5
+from convert_weights import autoencoder, clip, llava, mmdit, ram, t5, unet
 from convert_weights.engine import Leaf, Rule, Shape, leaves
 from convert_weights.readers import Source
 from dpir_jax.errors import InputError
 from dpir_jax.models.autoencoder import Autoencoder, AutoencoderConfig, Encoder
 from dpir_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from dpir_jax.models.controlnet import ControlNet, ControlNetConfig
+from dpir_jax.models.llama import LlamaConfig
+from dpir_jax.models.llava import Llava, LlavaConfig
 from dpir_jax.models.mmdit import MMDiT, MMDiTConfig
+from dpir_jax.models.ram import RAM, RAMConfig
+from dpir_jax.models.swin import SwinConfig
 from dpir_jax.models.t5 import T5Config, T5Encoder
+from dpir_jax.models.unet import UNet, UNetConfig
 from dpir_jax.systems import dpir_folder
 
-CONFIGS = dpir_folder.CONFIGS | {CLIPTextConfig.__name__: CLIPTextConfig}
+CONFIGS = dpir_folder.CONFIGS | {
+    kind.__name__: kind
+    for kind in (CLIPTextConfig, UNetConfig, ControlNetConfig, SwinConfig, RAMConfig, LlamaConfig, LlavaConfig)
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +58,7 @@ class Family:
     @property
     def layout(self) -> str:
         """`diffusers` (that of diffusers and transformers) or `original`."""
-        return "original" if self.name.endswith(("-original", "-openclip")) else "diffusers"
+        return "original" if self.name.endswith(("-original", "-openclip")) or self.name == "ram" else "diffusers"
 
     def configure(self, source: Source) -> Any:
         """The config of a checkpoint: its `config.json` and, for what that does not say, the shapes.
@@ -58,7 +67,8 @@ class Family:
           InputError: it is not of this family.
         """
         try:
-            guessed = self.guess(source.shapes) if source.config is None or self.network == "mmdit" else {}
+            silent = source.config is None or self.network in ("mmdit", "unet", "controlnet", "ram")
+            guessed = self.guess(source.shapes) if silent else {}  # what the config.json of some does not say
             return self.config(guessed | dict(source.config or {}))
         except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as error:
             if isinstance(error, InputError):
@@ -180,6 +190,54 @@ FAMILIES = {
             rules=_always(t5.RULES),
             guess=t5.guess,
             marks=("encoder.block.0.layer.0.SelfAttention.q.weight",),
+        ),
+        Family(
+            name="unet",
+            network="unet",
+            torch_name="unet",
+            kind=UNet,
+            config_class=UNetConfig,
+            config=unet.unet_config,
+            published=unet.published_unet,
+            rules=_always(unet.UNET_RULES),
+            guess=unet.guess,
+            marks=("up_blocks.0.resnets.0.conv1.weight",),
+        ),
+        Family(
+            name="controlnet",
+            network="controlnet",
+            torch_name="controlnet",
+            kind=ControlNet,
+            config_class=ControlNetConfig,
+            config=unet.controlnet_config,
+            published=unet.published_controlnet,
+            rules=unet.controlnet_rules,
+            guess=unet.guess,
+            marks=("controlnet_cond_embedding.conv_in.weight",),
+        ),
+        Family(
+            name="ram",
+            network="ram",
+            torch_name="ram",
+            kind=RAM,
+            config_class=RAMConfig,
+            config=ram.config,
+            published=ram.published,
+            rules=ram.rules,
+            guess=ram.guess,
+            marks=("visual_encoder.patch_embed.proj.weight",),
+        ),
+        Family(
+            name="llava",
+            network="llava",
+            torch_name="llava",
+            kind=Llava,
+            config_class=LlavaConfig,
+            config=llava.config,
+            published=llava.published,
+            rules=llava.rules,
+            guess=llava.guess,
+            marks=("multi_modal_projector.linear_1.weight", "model.multi_modal_projector.linear_1.weight"),
         ),
     )
 }

@@ -1,7 +1,9 @@
-"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) of SD3 transformers, merged: W + scale (alpha / r) B A.
+"""Low-rank adapters (LoRA, Hu et al., arXiv 2106.09685) of SD3 transformers, and DAPE's of RAM.
 
-Read: diffusers and PEFT (`transformer.NAME.lora_A.weight`), older diffusers (`NAME.lora.down.weight`) and kohya
-(`lora_unet_NAME_WITH_UNDERSCORES.lora_down.weight`), for either layout of the transformer, whatever that of the base.
+Merged: W + scale (alpha / r) B A. For SD3 are read: diffusers and PEFT (`transformer.NAME.lora_A.weight`), older
+diffusers (`NAME.lora.down.weight`) and kohya (`lora_unet_NAME_WITH_UNDERSCORES.lora_down.weight`), for either layout of
+the transformer, whatever that of the base. DAPE's (`NAME.lora_A`, `NAME.lora_B`, alpha 1) may also stay beside the
+weights, as layers of their own.
 """
 
 import json
@@ -80,8 +82,10 @@ def merge(base: Source, family: Family, lora: Source, scale: float = 1.0) -> Sou
     Raises:
       InputError: the adapter is not one of this transformer.
     """
+    if family.network == "ram":
+        return _merge_dape(base, lora, scale)
     if family.network != "mmdit":
-        raise InputError(f"a LoRA goes into a transformer, and {base.name} is {family.name}")
+        raise InputError(f"a LoRA goes into a transformer or RAM, and {base.name} is {family.name}")
     config = family.configure(base)
     leaves = family.leaves(config)
     adapter, layout = _fit(lora, config, leaves)
@@ -115,3 +119,53 @@ def _fit(lora: Source, config: object, leaves: dict[str, Leaf]) -> tuple[_Adapte
         except InputError as error:
             fault = fault or error
     raise fault
+
+
+# --- DAPE ------------------------------------------------------------------------------------------------------------
+
+
+def beside(base: Source, lora: Source) -> Source:
+    """RAM with DAPE's adapter, not merged.
+
+    Raises:
+      InputError: the adapter is not one of this network.
+    """
+    pairs = _dape_pairs(base, lora)
+    slots = {name: lora.slots[name] for pair in pairs.values() for name in pair}
+    return Source(f"{base.name} with {lora.name}", base.slots | slots, base.config, base.metadata)
+
+
+def _merge_dape(base: Source, lora: Source, scale: float) -> Source:
+    pairs = _dape_pairs(base, lora)
+
+    def change(key: str, weight: np.ndarray) -> np.ndarray:
+        down, up = (lora[name].astype(np.float32) for name in pairs[key])
+        rank = up.shape[1]
+        parts = [b @ a for a, b in zip(down.reshape(-1, rank, down.shape[1]), np.split(up, len(down) // rank))]
+        delta = parts[0] if len(parts) == 1 else np.concatenate([parts[0], np.zeros_like(parts[0]), parts[1]])  # q, v
+        return weight.astype(np.float32) + np.float32(scale / rank) * delta
+
+    return Changed(base, set(pairs), change)
+
+
+def _dape_pairs(base: Source, lora: Source) -> dict[str, tuple[str, str]]:
+    """The names of A and B by the key of the weight, their shapes checked; captioning is passed over."""
+    pairs = {}
+    for name in lora:
+        if name.startswith(("tag_encoder.", "text_decoder.")):
+            continue
+        stem, _, end = name.rpartition(".")
+        if end not in ("lora_A", "lora_B"):
+            raise InputError(f"{lora.name} is not an adapter of RAM: it holds {name}")
+        if f"{stem}.weight" not in base or {f"{stem}.lora_A", f"{stem}.lora_B"} - lora.keys():
+            raise InputError(f"the LoRA {lora.name} does not fit {base.name}: {name} has no counterpart")
+        down, up = (lora.slots[f"{stem}.{end}"].shape for end in ("lora_A", "lora_B"))
+        weight = base.slots[f"{stem}.weight"].shape
+        parts = down[0] // up[1]
+        adapted = {1: up[0], 2: 3 * up[0] // 2}.get(parts)
+        if down != (parts * up[1], weight[1]) or adapted != weight[0]:
+            raise InputError(f"{stem}.lora_A and lora_B do not make the shape of {stem}.weight, {weight}")
+        pairs[f"{stem}.weight"] = f"{stem}.lora_A", f"{stem}.lora_B"
+    if not pairs:
+        raise InputError(f"{lora.name} holds no adapter of RAM")
+    return pairs

@@ -187,6 +187,68 @@ def _t5_ours(network: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"tokens": network(given["ids"])}
 
 
+def _unet(kind: str, **settings: Any) -> Any:
+    sizes = {"block_out_channels": (8, 16), "attention_head_dim": (2, 4), "cross_attention_dim": 10}
+    sizes |= {"layers_per_block": 1, "norm_num_groups": 4, "use_linear_projection": True}
+    sizes |= {"down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D")}
+    return getattr(_quiet_import("diffusers"), kind)(**sizes | settings)
+
+
+def _unet_given(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    shapes = {"latent": (2, 8, 12, 4), "context": (2, 5, 10), "image": (2, 16, 24, 3)}
+    given = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    return given | {"timestep": np.array([37, 810], np.int32)}
+
+
+def _unet_theirs(model: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    latent = given["latent"].permute(0, 3, 1, 2)
+    output = model(latent, given["timestep"], encoder_hidden_states=given["context"], return_dict=False)[0]
+    return {"noise": output.permute(0, 2, 3, 1)}
+
+
+def _unet_ours(network: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"noise": network(given["latent"], given["timestep"], given["context"])}
+
+
+def _controlnet_theirs(model: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    latent, image = (given[name].permute(0, 3, 1, 2) for name in ("latent", "image"))
+    arguments = {"encoder_hidden_states": given["context"], "controlnet_cond": image, "return_dict": False}
+    skips, middle = model(latent, given["timestep"], **arguments)
+    return {"first": skips[0].permute(0, 2, 3, 1), "middle": middle.permute(0, 2, 3, 1)}
+
+
+def _controlnet_ours(network: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    control = network(given["latent"], given["timestep"], given["context"], network.hint(given["image"]))
+    return {"first": control.skips[0], "middle": control.middle}
+
+
+def _llava() -> Any:
+    transformers = _quiet_import("transformers")
+    vision = {"image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
+    text = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "intermediate_size": 20, "max_position_embeddings": 32}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision, intermediate_size=24, projection_dim=10),
+        text_config=transformers.LlamaConfig(**text),
+        image_token_index=32,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+def _llava_given(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    ids = rng.integers(2, 30, (2, 9))
+    ids[:, 2:6] = 32
+    return {"ids": ids, "pixels": rng.standard_normal((2, 16, 16, 3)).astype(np.float32)}
+
+
+def _llava_theirs(model: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"logits": model(input_ids=given["ids"], pixel_values=given["pixels"].permute(0, 3, 1, 2)).logits}
+
+
+def _llava_ours(network: Any, given: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"logits": network.read(given["ids"], given["pixels"])[0]}
+
+
 _MMDIT = (_transformer_given, _transformer_theirs, _transformer_ours)
 _VISION = (_pixels, _vision_theirs, _vision_ours)
 _TEXT = (_ids, _text_theirs, _text_ours)
@@ -238,6 +300,23 @@ CASES = {
         "CLIP text tower (OpenCLIP)", "clip-text", lambda: _text("CLIPTextModel", hidden_act="gelu"), *_TEXT
     ),
     "t5": Case("T5 v1.1 encoder", "t5", _t5, _ids, _t5_theirs, _t5_ours),
+    "unet": Case(
+        "SD2 UNet",
+        "unet",
+        lambda: _unet("UNet2DConditionModel", up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), sample_size=8),
+        _unet_given,
+        _unet_theirs,
+        _unet_ours,
+    ),
+    "controlnet": Case(
+        "SD2 ControlNet",
+        "controlnet",
+        lambda: _unet("ControlNetModel", conditioning_embedding_out_channels=(4, 6)),
+        _unet_given,
+        _controlnet_theirs,
+        _controlnet_ours,
+    ),
+    "llava": Case("LLaVA-1.5", "llava", _llava, _llava_given, _llava_theirs, _llava_ours),
 }
 
 

@@ -1,14 +1,16 @@
 """Rules for UNets and ControlNets in the layout of diffusers: Stable Diffusion 2 and 2.1, and SeeSR's release."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from convert_weights.engine import Rule, conv, linear, norm
+from convert_weights.engine import Rule, Shape, conv, linear, norm
 from dpir_jax.errors import InputError
 from dpir_jax.models.controlnet import ControlNetConfig
 from dpir_jax.models.unet import UNetConfig
 
 SEESR_TOKENS = 512  # width of SeeSR's image tokens, which its config.json does not say
+HEAD_WIDTH = 64  # in every Stable Diffusion 2; the shapes do not say it
 DOWN = {"CrossAttnDownBlock2D": True, "DownBlock2D": False}
 UP = {"CrossAttnUpBlock2D": True, "UpBlock2D": False}
 
@@ -40,7 +42,9 @@ def unet_config(published: Mapping[str, Any]) -> UNetConfig:
         attention=tuple(DOWN[block] for block in down),
         layers_per_block=published.get("layers_per_block", 2),
         context_dim=published["cross_attention_dim"],
-        image_context_dim=SEESR_TOKENS if published.get("use_image_cross_attention") else None,
+        image_context_dim=published.get(
+            "image_cross_attention_dim", SEESR_TOKENS if published.get("use_image_cross_attention") else None
+        ),
         groups=published.get("norm_num_groups", 32),
     )
 
@@ -52,6 +56,79 @@ def controlnet_config(published: Mapping[str, Any]) -> ControlNetConfig:
         raise InputError(f"only ControlNets that take RGB are supported, not {order}")
     hint = published.get("conditioning_embedding_out_channels") or ControlNetConfig().hint_channels
     return ControlNetConfig(unet_config(published), tuple(hint))
+
+
+def published_unet(config: UNetConfig) -> dict[str, Any]:
+    """The `config.json` of diffusers (of SeeSR, with image attention)."""
+    up = [{True: "CrossAttnUpBlock2D", False: "UpBlock2D"}[attention] for attention in reversed(config.attention)]
+    return _published(config) | {
+        "_class_name": "UNet2DConditionModel",
+        "out_channels": config.out_channels,
+        "up_block_types": up,
+        "center_input_sample": False,
+        "sample_size": 64,
+    }
+
+
+def published_controlnet(config: ControlNetConfig) -> dict[str, Any]:
+    """The `config.json` of diffusers (of SeeSR, with image attention)."""
+    return _published(config.unet) | {
+        "_class_name": "ControlNetModel",
+        "conditioning_channels": 3,
+        "controlnet_conditioning_channel_order": "rgb",
+        "conditioning_embedding_out_channels": list(config.hint_channels),
+        "global_pool_conditions": False,
+    }
+
+
+def _published(config: UNetConfig) -> dict[str, Any]:
+    down = [{True: "CrossAttnDownBlock2D", False: "DownBlock2D"}[attention] for attention in config.attention]
+    image = {"use_image_cross_attention": True, "image_cross_attention_dim": config.image_context_dim}
+    return {
+        "in_channels": config.in_channels,
+        "down_block_types": down,
+        "block_out_channels": list(config.block_out_channels),
+        "attention_head_dim": list(config.heads),
+        "layers_per_block": config.layers_per_block,
+        "cross_attention_dim": config.context_dim,
+        "norm_num_groups": config.groups,
+        "norm_eps": 1e-5,
+        "act_fn": "silu",
+        "downsample_padding": 1,
+        "mid_block_scale_factor": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "use_linear_projection": True,
+    } | (image if config.image_context_dim else {})
+
+
+def guess(shapes: Mapping[str, Shape]) -> dict[str, Any]:
+    """What a `config.json` would say, from the shapes of a UNet or a ControlNet; 32 groups are taken for granted."""
+    pattern = re.compile(r"down_blocks\.(\d+)\.resnets\.(\d+)\.conv2\.weight")
+    blocks = {(int(m[1]), int(m[2])): key for key in shapes if (m := pattern.fullmatch(key))}
+    widths = [shapes[key][0] for (_, layer), key in sorted(blocks.items()) if layer == 0]
+    looks = [f"down_blocks.{level}.attentions.0.norm.weight" in shapes for level in range(len(widths))]
+    middle = "mid_block.{}.0.transformer_blocks.0.attn2.to_k.weight"
+    found = {
+        "in_channels": shapes["conv_in.weight"][1],
+        "down_block_types": ["CrossAttnDownBlock2D" if look else "DownBlock2D" for look in looks],
+        "block_out_channels": widths,
+        "attention_head_dim": [max(width // HEAD_WIDTH, 1) for width in widths],
+        "layers_per_block": 1 + max(layer for _, layer in blocks),
+        "cross_attention_dim": shapes[middle.format("attentions")][1],
+        "use_linear_projection": len(shapes["mid_block.attentions.0.proj_in.weight"]) == 2,
+    }
+    if (image := middle.format("image_attentions")) in shapes:
+        found["image_cross_attention_dim"] = shapes[image][1]
+    if "conv_out.weight" in shapes:
+        found["out_channels"] = shapes["conv_out.weight"][0]
+    hint = "controlnet_cond_embedding"
+    if f"{hint}.conv_in.weight" in shapes:
+        down = [f"{hint}.blocks.{2 * i + 1}.weight" for i in range(len(shapes))]
+        found["conditioning_embedding_out_channels"] = [
+            shapes[key][0] for key in (f"{hint}.conv_in.weight", *(key for key in down if key in shapes))
+        ]
+    return found
 
 
 def residual(source: str, target: str) -> tuple[Rule, ...]:

@@ -11,10 +11,11 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "load": "dpir_jax.restore",
+    "load_irpad": "dpir_jax.restore.irpad",
     "InputError": "dpir_jax.errors",
 }  # imported on first use: `import dpir_jax` is light
 
-__all__ = ["InputError", "__version__", "load"]
+__all__ = ["InputError", "__version__", "load", "load_irpad"]
 
 
 def __getattr__(name: str) -> Any:

@@ -141,19 +141,31 @@ def read_pixels(path: str | os.PathLike, *, min_side: int = 1) -> UInt8[np.ndarr
     Raises:
       InputError: as `read_photo`.
     """
-    image, _, _ = _decode(Path(path), min_side)
+    return _flat_pixels(_decode(Path(path), min_side)[0])
+
+
+def decode_pixels(data: bytes, name: str, *, min_side: int = 1) -> UInt8[np.ndarray, "H W 3"]:
+    """`read_pixels` of a file's bytes; `name` stands in the errors.
+
+    Raises:
+      InputError: as `read_photo`.
+    """
+    return _flat_pixels(_decode(Path(name), min_side, io.BytesIO(data))[0])
+
+
+def _flat_pixels(image: Image.Image) -> UInt8[np.ndarray, "H W 3"]:
     pixels, alpha, _, _ = _to_srgb(image)
     if alpha is not None:
         pixels = to_uint8(1 + alpha[..., None] * (to_float(pixels) - 1))
     return to_uint8(pixels)
 
 
-def _open(path: Path) -> Image.Image:
+def _open(path: Path, file: io.BytesIO | None = None) -> Image.Image:
     """Reads the header; the size is known and allowed when this returns."""
     try:
         with _quiet():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=FORMATS)
+            image = Image.open(path if file is None else file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise InputError(f"{path} has more than {MAX_MEGAPIXELS} megapixels; make it smaller first") from error
     except Image.UnidentifiedImageError as error:
@@ -170,9 +182,9 @@ def _open(path: Path) -> Image.Image:
     return image
 
 
-def _decode(path: Path, min_side: int) -> tuple[Image.Image, bytes | None, bool]:
+def _decode(path: Path, min_side: int, file: io.BytesIO | None = None) -> tuple[Image.Image, bytes | None, bool]:
     """The first frame, decoded and upright; its EXIF block; whether Pillow cut 16-bit colour down to 8."""
-    with _open(path) as image:
+    with _open(path, file) as image:
         if min(image.size) < min_side:
             raise InputError(f"{path} is {image.width}x{image.height}; at least {min_side}x{min_side} is needed")
         deep = image.mode in ("RGB", "RGBA") and any(";16" in str(tile) for tile in image.tile)

@@ -5,12 +5,14 @@ other file, so that a damaged download is found before its weights are used. Not
 """
 
 import contextlib
+import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +53,21 @@ def save_networks(
       InputError: `out` is something else, or cannot be written.
     """
     with new_folder(out) as folder:
-        for name, network in networks.items():
-            arrays = {key: _stored(variable.get_value(), dtype) for key, variable in named_variables(network).items()}
-            save_file(arrays, folder / f"{name}.safetensors")
-        write_json(folder / "config.json", dict(config))
+        write_networks(folder, config, networks, dtype)
     return Path(out).absolute()
+
+
+def write_networks(
+    folder: Path,
+    config: Mapping[str, Any],
+    networks: Mapping[str, nnx.Module | nnx.State],
+    dtype: DTypeLike | None = None,
+) -> None:
+    """`save_networks` into a folder of `new_folder`, for models that keep more beside their networks."""
+    for name, network in networks.items():
+        arrays = {key: _stored(variable.get_value(), dtype) for key, variable in named_variables(network).items()}
+        save_file(arrays, folder / f"{name}.safetensors")
+    write_json(folder / "config.json", dict(config))
 
 
 @contextlib.contextmanager
@@ -107,29 +119,36 @@ def read_config(folder: str | os.PathLike) -> dict[str, Any]:
     return config
 
 
-def verify(folder: str | os.PathLike, *names: str) -> dict[str, str]:
-    """Checks files (default: all) against the manifest; returns their sha256. `InputError` names one that differs."""
-    folder = Path(folder)
+def listed(folder: str | os.PathLike) -> dict[str, str]:
+    """The files of the manifest with their sha256; `InputError` if it is damaged."""
+    manifest = Path(folder) / "manifest.json"
     try:
-        listed = dict(read_json(folder / "manifest.json")["sha256"])
+        return dict(read_json(manifest)["sha256"])
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
-        raise InputError(f"{folder / 'manifest.json'} is damaged: it lists no sha256") from error
+        raise InputError(f"{manifest} is damaged: it lists no sha256") from error
+
+
+def verify(folder: str | os.PathLike, *names: str) -> dict[str, str]:
+    """Checks files (default: all) against the manifest; returns their sha256. `InputError` names one that differs."""
+    folder, named = Path(folder), listed(folder)
     sums = {}
-    for name in names or listed:
-        if name not in listed:
+    for name in names or named:
+        if name not in named:
             raise InputError(f"{folder / 'manifest.json'} does not list {name}")
         if not (folder / name).is_file():
             raise InputError(f"the model folder {folder} has no {name}")
         sums[name] = sha256(folder / name)
-        if sums[name] != listed[name]:
+        if sums[name] != named[name]:
             raise InputError(f"{folder / name} is damaged: its sha256 is not the one in manifest.json; get it again")
     return sums
 
 
-def load_network(folder: str | os.PathLike, name: str, abstract_module: M, *, check: bool = True) -> M:
-    """Reads `NAME.safetensors` into a network.
+def load_network(
+    folder: str | os.PathLike, name: str, abstract_module: M, *, check: bool = True, as_stored: bool = False
+) -> M:
+    """Reads `NAME.safetensors` into a network, one array at a time.
 
     Args:
       folder: the model folder.
@@ -137,6 +156,7 @@ def load_network(folder: str | os.PathLike, name: str, abstract_module: M, *, ch
       abstract_module: the network without arrays, `nnx.eval_shape(lambda: Net(config, rngs=nnx.Rngs(0)))`. Its dtypes
         decide what the arrays become.
       check: whether to compare the file with the manifest first.
+      as_stored: leave 16-bit floats as they are where the module would have wider ones.
 
     Raises:
       InputError: the file is missing, damaged, or does not hold exactly the network's arrays in their shapes.
@@ -149,24 +169,84 @@ def load_network(folder: str | os.PathLike, name: str, abstract_module: M, *, ch
     if rest := len(nnx.to_flat_state(state)) - len(wanted):
         raise ValueError(f"{name} holds {rest} variables of random number state; build it without dropout to load it")
     try:
-        with safe_open(path, "flax") as file:
-            found = set(file.keys())
-            if missing := sorted(set(wanted) - found):
-                raise InputError(f"{path} does not fit the network: {missing[0]} is missing ({len(missing)} in all)")
-            if unknown := sorted(found - set(wanted)):
-                raise InputError(f"{path} does not fit the network: {unknown[0]} is unknown ({len(unknown)} in all)")
-            arrays = {}
+        places = _places(path)
+        found = set(places)
+        if missing := sorted(set(wanted) - found):
+            raise InputError(f"{path} does not fit the network: {missing[0]} is missing ({len(missing)} in all)")
+        if unknown := sorted(found - set(wanted)):
+            raise InputError(f"{path} does not fit the network: {unknown[0]} is unknown ({len(unknown)} in all)")
+        for key, variable in wanted.items():
+            if places[key].shape != variable.shape:
+                raise InputError(f"{path} does not fit the network: {key} is {places[key].shape}, not {variable.shape}")
+        arrays = {}
+        with open(path, "rb", buffering=0) as file:
             for key, variable in wanted.items():
-                array = file.get_tensor(key)
-                if array.shape != variable.shape:
-                    raise InputError(f"{path} does not fit the network: {key} is {array.shape}, not {variable.shape}")
-                arrays[key] = array.astype(variable.dtype)
+                place, dtype = places[key], np.dtype(variable.dtype)
+                if as_stored and place.dtype.itemsize < dtype.itemsize and jnp.issubdtype(place.dtype, jnp.floating):
+                    dtype = place.dtype
+                arrays[key] = jax.device_put(_read(file, place)).astype(dtype)
     except FileNotFoundError as error:
         raise InputError(f"the model folder {folder} has no {path.name}") from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, KeyError, SafetensorError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     flat = {p: arrays[".".join(map(str, p))] for p, _ in nnx.to_flat_state(state)}
     return nnx.merge(graphdef, nnx.from_flat_state(flat))
+
+
+def count_numbers(folder: str | os.PathLike, name: str) -> int:
+    """How many numbers `NAME.safetensors` holds, from its header.
+
+    Raises:
+      InputError: the file is missing or damaged.
+    """
+    path = Path(folder) / f"{name}.safetensors"
+    try:
+        return sum(math.prod(place.shape) for place in _places(path).values())
+    except FileNotFoundError as error:
+        raise InputError(f"the model folder {folder} has no {path.name}") from error
+    except (OSError, KeyError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+
+
+class _Place(NamedTuple):
+    start: int  # in the file
+    dtype: np.dtype
+    shape: tuple[int, ...]
+
+
+def _places(path: Path) -> dict[str, _Place]:
+    """Where the arrays of a safetensors file lie; opening it with the library checks the header first."""
+    with safe_open(path, "np"):
+        pass
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        key: _Place(8 + length + entry["data_offsets"][0], _DTYPES[entry["dtype"]], tuple(entry["shape"]))
+        for key, entry in header.items()
+        if key != "__metadata__"
+    }
+
+
+_DTYPES = {"BF16": np.dtype(jnp.bfloat16), "BOOL": np.dtype(bool)} | {
+    f"{letter}{8 * size}": np.dtype(f"<{letter.lower()}{size}")
+    for letter in "FIU"
+    for size in (1, 2, 4, 8)[letter == "F" :]
+}
+_ALIGNED = 64  # bytes: XLA on a CPU takes such an array as it lies, so that reading it is the only copy
+
+
+def _read(file: BinaryIO, place: _Place) -> np.ndarray:
+    size = math.prod(place.shape) * place.dtype.itemsize
+    room = np.empty(size + _ALIGNED, np.uint8)
+    data = room[(skip := -room.ctypes.data % _ALIGNED) : skip + size]
+    file.seek(place.start)
+    view = memoryview(data)
+    while view:
+        if not (read := file.readinto(view)):
+            raise OSError("the file ends too early")
+        view = view[read:]
+    return data.view(place.dtype).reshape(place.shape)
 
 
 def _stored(array: jax.Array, dtype: DTypeLike | None) -> jax.Array:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 
+from dpir_jax.diffusion.ddpm import DDPMSchedule
 from dpir_jax.errors import InputError
 
 
@@ -28,6 +29,7 @@ class FakeSystem:
     latent_factor: int = 2
     prompt_source: str = "lq"
     tile_multiple = 4
+    reads_text = False
 
     @property
     def channels(self):
@@ -39,7 +41,11 @@ class FakeSystem:
     def decode(self, latent):
         return rearrange(latent, "b h w (p q c) -> b (h p) (w q) c", p=self.latent_factor, q=self.latent_factor)
 
-    def scene(self, photo, prompt, negative_prompt):
+    def degradation(self, pixels, prompt):
+        if prompt is not None:
+            raise InputError("this model takes no degradation prompt")
+
+    def scene(self, photo, prompt, negative_prompt, degradation_prompt=None):
         if prompt is not None:
             raise InputError("this model has no text encoder, so it takes no prompt")
         return jnp.float32(photo.mean() / 255)
@@ -60,6 +66,12 @@ class FakeSystem:
         mean = condition["mean"].mean(-1)[:, None, None, None]
         x0 = control + self.blend * (mean + 0.1 * guidance * jnp.tanh(z))
         return (z - x0) / jnp.maximum(sigma, 1e-3)[:, None, None, None]
+
+    def predict(self, z, timestep, condition, control, guidance):
+        """The noise that leads to the same place, on DDPM's path."""
+        alpha, sigma = (level[:, None, None, None] for level in DDPMSchedule().level(timestep))
+        x0 = z - self.velocity(z, jnp.ones_like(timestep, jnp.float32), condition, control, guidance)
+        return (z - alpha * x0) / sigma
 
     def finish(self, z0, lq_latent):
         return z0

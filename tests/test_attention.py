@@ -12,6 +12,7 @@ from jax.sharding import AxisType, PartitionSpec
 from dpir_jax.errors import InputError
 from dpir_jax.models import attention as module
 from dpir_jax.models.attention import attention, use_attention_backend
+from dpir_jax.parallel.topologies import devices, parse_topology, without_cache
 
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 7, 9, 3, 8
 
@@ -131,6 +132,22 @@ def tpu_program(length):
 def test_long_sequences_take_the_kernel_on_a_tpu_and_short_ones_do_not():
     assert "tpu_custom_call" in tpu_program(module.SPLASH_MIN_LENGTH + 333)
     assert "tpu_custom_call" not in tpu_program(module.SPLASH_MIN_LENGTH - 1)
+
+
+def test_the_kernel_is_compiled_for_a_tpu_forward_and_backward():
+    """By the TPU's own compiler, at the length of a 1024-pixel photo with its prompt."""
+    chip = jax.sharding.SingleDeviceSharding(devices(parse_topology("v5e-1"))[0])
+    q = jax.ShapeDtypeStruct((1, 4429, 2, 64), jnp.bfloat16, sharding=chip)
+    keep = jax.ShapeDtypeStruct((1, 4429), bool, sharding=chip)
+
+    def objective(q, k, v, keep):
+        return jnp.sum(attention(q, k, v, mask=keep).astype(jnp.float32))
+
+    with use_attention_backend("splash"), without_cache():
+        compiled = jax.jit(jax.grad(objective, (0, 1, 2))).lower(q, q, q, keep).compile()
+    assert compiled.as_text().count("tpu_custom_call") == 3  # forward, gradient of q, gradients of k and v
+    logits = 2 * 4429**2 * 4  # bytes of what plain attention would store
+    assert compiled.memory_analysis().temp_size_in_bytes < logits / 8
 
 
 @pytest.mark.usefixtures("interpreted")

@@ -30,7 +30,7 @@ def fake(monkeypatch):
     """`--model fake` is a system without weights; counts how often it is loaded."""
     loads = []
 
-    def load(name, *, dtype=None, tile=None):
+    def load(name, *, dtype=None, tile=None, **loading):
         loads.append(name)
         if name != "fake":
             return real(name, dtype=dtype, tile=tile)

@@ -30,9 +30,14 @@ from dpir_jax.files import read_json
 from dpir_jax.model_folder import save_networks, verify
 from dpir_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dpir_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
+from dpir_jax.models.controlnet import ControlNet, ControlNetConfig
+from dpir_jax.models.llava import Llava, LlavaConfig
 from dpir_jax.models.mmdit import LQBranchConfig, MMDiT, MMDiTConfig
 from dpir_jax.models.precision import BFLOAT16, FLOAT32
+from dpir_jax.models.ram import RAM, RAMConfig
+from dpir_jax.models.swin import shift_bias
 from dpir_jax.models.t5 import T5Config, T5Encoder
+from dpir_jax.models.unet import UNet, UNetConfig
 from dpir_jax.restore.dpir import RestoringDPIR
 from dpir_jax.restore.models import load_system
 from dpir_jax.systems.config_json import to_json
@@ -64,6 +69,13 @@ NETWORKS = {
     "clip_vision": (CLIPVision, VISION),
     "clip_text": (CLIPText, TEXT),
     "t5": (T5Encoder, T5Config.tiny()),
+    "sd2_unet": (UNet, dataclasses.replace(UNetConfig.tiny(), image_context_dim=None)),
+    "seesr_unet": (UNet, UNetConfig.tiny()),
+    "seesr_controlnet": (ControlNet, ControlNetConfig.tiny()),
+    "ram": (RAM, RAMConfig.tiny()),
+    "ram_plus": (RAM, dataclasses.replace(RAMConfig.tiny(), descriptions=51)),
+    "dape": (RAM, RAMConfig.tiny().adapted(2)),
+    "llava": (Llava, LlavaConfig.tiny()),
 }
 
 
@@ -89,10 +101,12 @@ def run(*arguments, status: int = 0) -> None:
     assert main([str(argument) for argument in arguments]) == status
 
 
-@pytest.mark.parametrize(
-    ("precision", "layout"), [(FLOAT32, "diffusers"), (BFLOAT16, "original")], ids=["float32", "bf16"]
-)
-@pytest.mark.parametrize("name", NETWORKS)
+ONE_LAYOUT = ("sd2_unet", "seesr_unet", "seesr_controlnet", "ram", "ram_plus", "dape", "llava")
+ROUND_TRIPS = [(name, FLOAT32, "diffusers") for name in NETWORKS if name not in ONE_LAYOUT]
+ROUND_TRIPS += [(name, BFLOAT16, "diffusers" if name in ONE_LAYOUT else "original") for name in NETWORKS]
+
+
+@pytest.mark.parametrize(("name", "precision", "layout"), ROUND_TRIPS)
 def test_there_and_back_is_bit_identical(name, precision, layout, tmp_path, capsys):
     ours, file = folder_of(tmp_path, name, precision)
     run(ours, tmp_path / "torch", "--to-torch", "--layout", layout, "--verify")
@@ -280,7 +294,65 @@ def test_a_lora_of_another_network_is_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def dape_files(folder) -> nnx.Module:
+    """`ram.pth` and `DAPE.pth` as published: RAM under "model", captioning in both; returns the adapted network."""
+    adapted, config = network("dape"), NETWORKS["dape"][1]
+    tensors = {key: torch.tensor(value) for key, value in export(adapted, FAMILIES["ram"].rules(config)).items()}
+    mask = {"visual_encoder.layers.0.blocks.1.attn_mask": torch.tensor(shift_bias(8, 4))}
+    caption = {"tag_encoder.encoder.layer.0.attention.self.query.lora_A": torch.zeros(2, 3)}
+    lora = {key: value for key, value in tensors.items() if ".lora_" in key}
+    torch.save({"model": {k: v for k, v in tensors.items() if k not in lora} | mask}, folder / "ram.pth")
+    torch.save(lora | caption, folder / "DAPE.pth")
+    return adapted
+
+
+def test_dape_is_kept_or_merged(tmp_path):
+    adapted = dape_files(tmp_path)
+    lora = ["--lora", tmp_path / "DAPE.pth"]
+    run(tmp_path / "ram.pth", tmp_path / "kept", *lora, "--lora-keep", "--verify")
+    run(tmp_path / "ram.pth", tmp_path / "merged", *lora)
+    for folder, expected in (("kept", adapted), ("merged", adapted.merged())):
+        got = tensors_of(tmp_path / folder / "ram.safetensors")
+        assert got.keys() == leaves(expected).keys()
+        for path in got:
+            exact = folder == "kept" or not path.endswith("kernel")
+            value = np.asarray(_get(expected, path))
+            np.testing.assert_allclose(got[path], value, rtol=0 if exact else 1e-5, atol=0 if exact else 1e-6)
+    assert read_json(tmp_path / "kept" / "config.json")["networks"]["ram"]["config"] == to_json(NETWORKS["dape"][1])
+
+
+def test_a_dape_that_does_not_fit_is_refused(tmp_path, capsys):
+    dape_files(tmp_path)
+    stem = "visual_encoder.layers.0.blocks.0.attn.qkv"
+    for adapter, message in (
+        ({f"{stem}.lora_A": torch.zeros(4, 8)}, f"{stem}.lora_A has no counterpart"),
+        ({f"{stem}.lora_A": torch.zeros(4, 8), f"{stem}.lora_B": torch.zeros(8, 2)}, "do not make the shape of"),
+        ({"fc.weight": torch.zeros(4, 8)}, "is not an adapter of RAM: it holds fc.weight"),
+    ):
+        torch.save(adapter, tmp_path / "DAPE.pth")
+        run(tmp_path / "ram.pth", tmp_path / "out", "--lora", tmp_path / "DAPE.pth", status=2)
+        assert message in (error := capsys.readouterr().err)
+        assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["DAPE.pth", "ram.pth"]
+
+
 # --- DPIR ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_the_authors_checkpoint_has_module_in_front(legacy, tmp_path):
+    net, config = network("dpir"), NETWORKS["dpir"][1]
+    tensors = export(net, FAMILIES["mmdit"].rules(config))
+    state = {f"module.{key}": torch.tensor(value).bfloat16() for key, value in tensors.items()}
+    torch.save(state, tmp_path / "dpir.pth", _use_new_zipfile_serialization=not legacy)
+    run(tmp_path / "dpir.pth", tmp_path / "out", "--verify")
+    got = tensors_of(tmp_path / "out" / "mmdit.safetensors")
+    assert any(path.startswith("lq_branch.") for path in got)
+    for path, array in got.items():
+        assert array.tobytes() == np.asarray(_get(net, path)).astype(ml_dtypes.bfloat16).tobytes(), path
+    torch.save(state | {"stranger": torch.zeros(1)}, tmp_path / "dpir.pth")
+    run(tmp_path / "dpir.pth", tmp_path / "no", status=2)
+    assert not (tmp_path / "no").exists()
 
 
 CLIP = dataclasses.replace(CLIPVisionConfig.tiny(), image_size=16)
@@ -329,17 +401,35 @@ def test_a_dpir_out_of_its_parts_is_the_one_that_it_came_from(dpir_parts, tmp_pa
     config = read_json(tmp_path / "out" / "config.json")
     assert config["config"] == read_json(dpir_parts / "ours" / "config.json")["config"]
     assert "tokenizer/tokenizer_config.json" in read_json(tmp_path / "out" / "manifest.json")["sha256"]
-    system, defaults, schedule = load_system(tmp_path / "out", "float32")  # what `dpir restore --model` does
+    stages, defaults, schedule = load_system(tmp_path / "out", "float32")  # what `dpir restore --model` does
+    system = stages.system
     assert isinstance(system, RestoringDPIR)
     assert (defaults.steps, schedule.shift) == (28, 3.0)
     assert system.tokenizer == str(tmp_path / "out" / "tokenizer")
+
+
+def test_training_starts_from_sd3_with_a_new_branch(dpir_parts, tmp_path, capsys):
+    plain = dataclasses.replace(SYSTEM.mmdit, lq_branch=None)
+    net = random_network(lambda: MMDiT(plain, rngs=nnx.Rngs(0)))
+    about = {"system": "networks", "networks": {"mmdit": {"family": "mmdit", "config": to_json(plain)}}}
+    save_networks(tmp_path / "sd3", about, {"mmdit": net})
+    run(tmp_path / "sd3", tmp_path / "torch", "--to-torch")
+    assemble(dpir_parts, tmp_path / "out", "--new-branch", "--verify", transformer=tmp_path / "torch")
+    dpir = load_system(tmp_path / "out", "float32")[0].system.dpir
+    branch = dpir.mmdit.lq_branch
+    assert [convolution.kernel.shape[-1] for convolution in branch.convs] == [256, 512, plain.width]
+    bound = (9 * plain.in_channels) ** -0.5  # torch's
+    assert 0.9 * bound < np.abs(branch.convs[0].kernel[...]).max() <= bound
+    np.testing.assert_array_equal(dpir.mmdit.final.kernel[...], net.final.kernel[...])
+    assemble(dpir_parts, tmp_path / "no", "--new-branch", status=2)
+    assert "has control_conv already; leave --new-branch out" in capsys.readouterr().err
 
 
 def test_a_dpir_without_text(dpir_parts, tmp_path):
     assemble(dpir_parts, tmp_path / "out", "--text", "none", "--dtype", "bfloat16")
     assert not (tmp_path / "out" / "t5.safetensors").exists()
     assert tensors_of(tmp_path / "out" / "mmdit.safetensors")["final.kernel"].dtype == ml_dtypes.bfloat16
-    assert load_system(tmp_path / "out", "float32")[0].config.t5 is None
+    assert load_system(tmp_path / "out", "float32")[0].system.config.t5 is None
 
 
 def test_parts_that_are_not_what_they_should_be(dpir_parts, tmp_path, capsys):
@@ -415,6 +505,22 @@ def test_a_truncated_file_and_a_wrong_family(t5_file, capsys):
     run(path, path.parent / "out", status=2)
     assert "t5.safetensors is truncated" in capsys.readouterr().err
     assert [left.name for left in path.parent.iterdir()] == ["t5.safetensors"]
+
+
+def test_a_missing_shard_leaves_nothing(t5_file, capsys):
+    tensors, path = t5_file
+    shards = {key: f"model-{i % 2}.safetensors" for i, key in enumerate(tensors)}
+    index = path.parent / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    save_file(
+        {k: v for k, v in tensors.items() if shards[k] == "model-0.safetensors"}, path.parent / "model-0.safetensors"
+    )
+    path.unlink()
+    run(index, path.parent / "out", status=2)
+    error = capsys.readouterr().err
+    assert "model-1.safetensors is missing; model.safetensors.index.json lists it" in error
+    assert error.count("\n") == 1
+    assert {left.name for left in path.parent.iterdir()} == {index.name, "model-0.safetensors"}
 
 
 def test_a_pickle_that_runs_code_leaves_nothing(tmp_path, capsys):

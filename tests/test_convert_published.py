@@ -15,8 +15,12 @@ from convert_weights.families import FAMILIES, recognise
 from convert_weights.readers import Slot, Source
 from dpir_jax.models.autoencoder import AutoencoderConfig
 from dpir_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
+from dpir_jax.models.controlnet import ControlNetConfig
+from dpir_jax.models.llava import LlavaConfig
 from dpir_jax.models.mmdit import MMDiTConfig
+from dpir_jax.models.ram import RAMConfig
 from dpir_jax.models.t5 import T5Config
+from dpir_jax.models.unet import UNetConfig
 
 KEYS = Path(__file__).parent / "data" / "published_keys"
 
@@ -37,6 +41,15 @@ NETWORKS = {
     "openclip_text_bigg14": ("clip-text", None, 517, 694_659_840, 1),
     "t5_xxl": ("t5", T5Config.xxl(), 220, 4_893_906_944, 1),
     "t5_base": ("t5", None, 112, 134_302_848, 1),
+    "sd2_unet": ("unet", UNetConfig.sd2(), 686, 865_910_724, 0),
+    "sd2_controlnet": ("controlnet", ControlNetConfig.sd2(), 340, 364_228_240, 0),
+    "seesr_unet": ("unet", UNetConfig.seesr(), 1102, 1_126_760_324, 0),
+    "seesr_controlnet": ("controlnet", ControlNetConfig.seesr(), 522, 489_031_440, 0),
+    "ram": ("ram", RAMConfig.ram(), 1042, 508_915_117, 676),
+    "ram_plus": ("ram", RAMConfig.ram_plus(), 402, 332_396_086, 35),
+    "dape": ("ram", RAMConfig.dape(), 1290, 510_692_781, 868),
+    "llava15_7b": ("llava", LlavaConfig.llava15_7b(), 686, 7_063_427_072, 0),
+    "llava15_13b": ("llava", LlavaConfig.llava15_13b(), 758, 13_351_494_656, 0),
 }
 
 

@@ -12,7 +12,14 @@ from dpir_jax.errors import InputError
 from dpir_jax.parallel.mesh import MeshConfig, make_mesh
 from dpir_jax.parallel.sharding import put_batch
 from dpir_jax.training.config import TrainConfig
-from dpir_jax.training.dpir_tasks import DecoderTask, DiTTask, EncoderTask, PictureLoss, sample_crops
+from dpir_jax.training.dpir_tasks import (
+    DecoderTask,
+    DiTTask,
+    EncoderTask,
+    PictureLoss,
+    local_corners,
+    sample_crops,
+)
 from dpir_jax.training.state import init_state
 from dpir_jax.training.step import make_train_step
 
@@ -122,7 +129,36 @@ def test_stage_two_needs_stage_one(photos):
         EncoderTask.from_config({"picture": {"vgg": 1}})
 
 
+def test_local_crops_lie_on_the_grid_of_tiles():
+    box = jnp.asarray([[0, 7], [13, 16]])
+    np.testing.assert_array_equal(local_corners(jax.random.key(0), box, 1, 16, 4), [[0, 4], [12, 16]])
+    many = np.asarray(local_corners(jax.random.key(0), box, 50, 16, 4))
+    assert many.shape == (100, 2)
+    assert set(many.ravel()) == {0, 4, 8, 12, 16}
+
+
+def test_stage_one_can_train_on_latents_of_several_crops(photos):
+    task = EncoderTask.from_config(
+        {"system": "tiny", "recipes": ("first_order",), "photos": (str(photos),), "picture": None}
+        | {"local_crop": 32, "crops": 3}
+    )
+    lq, hq = task._pairs(batch(photos), jax.random.key(0))
+    assert lq.shape == hq.shape == (24, 32, 32, 3)
+    assert np.mean(np.square(lq - hq)) < 0.5 * np.mean(np.square(lq - hq[::-1]))  # cut at the same places
+    losses, moved, kept = three_steps(task, batch(photos), MeshConfig(data=1))
+    assert all(0 < loss < 1 for loss in losses)
+    assert {name.split(".")[0] for name in moved} == {"robust_encoder"}
+    assert kept
+
+
+def test_photos_too_small_for_a_crop_end_the_search(photos):
+    with pytest.raises(InputError, match=r"no photo in .* has 200 pixels a side"):
+        sample_crops((str(photos),), 4, 200, seed=0)
+
+
 def test_contradictory_settings_are_named():
+    with pytest.raises(InputError, match=r"task.crops is 2; it needs task.local_crop"):
+        EncoderTask.from_config({"crops": 2})
     with pytest.raises(InputError, match=r"picture.net is 'alex'; picture.dists needs 'vgg'"):
         PictureLoss(net="alex", dists=1.0)
     with pytest.raises(InputError, match=r"task.system is 'sd3_medium'"):

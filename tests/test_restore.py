@@ -15,6 +15,8 @@ import pytest
 from PIL import Image
 
 import dpir_jax
+from dpir_jax.diffusion import ddpm
+from dpir_jax.diffusion.ddpm import DDPMSchedule
 from dpir_jax.errors import InputError
 from dpir_jax.restore import Restorer, Settings, compilation_cache, noise, restorer
 from dpir_jax.restore.tile_store import TileStore
@@ -79,6 +81,39 @@ def test_one_tile_and_the_canvas_sample_alike():
     assert len(steps.record["tiles"]["rows"]) > 1
     np.testing.assert_allclose(scan.pixels, steps.pixels.astype(float), atol=1)
     np.testing.assert_allclose(scan.pixels, 0.7 * pixels.astype(float), atol=1)
+
+
+DDPM = Restorer(FakeSystem(blend=jnp.float32(0.3)), schedule=DDPMSchedule())
+
+
+@pytest.mark.parametrize("sampler", ddpm.SAMPLERS)
+def test_ddpm_samples_alike_in_one_tile_and_on_the_canvas_and_compiles_once(sampler):
+    pixels = photo(32, 32)
+    gain = Restorer(FakeSystem(gain=jnp.float32(0.7)), schedule=DDPMSchedule())
+    options = {"scale": 1, "sampler": sampler, "color": "none"}
+    scan = gain(pixels, tile=32, steps=7, **options)
+    canvas = gain(pixels, tile=16, steps=7, **options)
+    assert len(scan.record["tiles"]["rows"]) < len(canvas.record["tiles"]["rows"])
+    near = 40 if sampler == "ddim" else 1  # DDIM, as published, keeps the noise of timestep 0: s = 0.03
+    np.testing.assert_allclose(scan.pixels, canvas.pixels.astype(float), atol=1)
+    np.testing.assert_allclose(scan.pixels, 0.7 * pixels.astype(float), atol=near)
+    with CountingLogs() as logs:
+        gain(pixels, tile=32, steps=3, guidance=2.0, seed=5, **options)
+        gain(photo(48, 40), tile=16, steps=4, fidelity=0.5, **options)
+    assert logs.count == 0
+
+
+def test_ddpm_noise_is_the_seeds_and_fidelity_holds_on():
+    pixels, options = photo(48, 40), {"scale": 1, "sampler": "ddpm", "steps": 3, "color": "none", "guidance": 5.0}
+    first, again, other = (DDPM(pixels, seed=seed, **options).pixels for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert (
+        np.abs(DDPM(pixels, fidelity=1.0, **options).pixels.astype(float) - pixels).mean()
+        < np.abs(first.astype(float) - pixels).mean()
+    )
+    with pytest.raises(InputError, match="this model has ddpm, ddim"):
+        DDPM(pixels, sampler="euler")
 
 
 # --- noise and determinism -------------------------------------------------------------------------------------------
@@ -316,6 +351,8 @@ def test_output_sizes(options, size):
         ({"color": "sepia"}, "color is sepia"),
         ({"scale": 100, "max_megapixels": 1}, "more than 1 megapixels"),
         ({"prompt": "a boat"}, "no text encoder"),
+        ({"degradation_prompt": "Denoise"}, "takes no degradation prompt"),
+        ({"sampler": "ddim"}, "sampler is ddim; this model has euler"),
         ({"size": 3}, "settings are scale"),
     ],
 )
@@ -376,9 +413,9 @@ def test_the_record(tmp_path):
 
 
 def test_settings_have_a_place_in_the_record():
-    assert {f.name for f in dataclasses.fields(Settings)} - {"long_side", "prompt", "negative_prompt", "tile"} <= set(
-        IDENTITY(photo(), **QUICK).record["settings"]
-    )
+    assert {f.name for f in dataclasses.fields(Settings)} - {
+        *("long_side", "prompt", "negative_prompt", "degradation_prompt", "tile")
+    } <= set(IDENTITY(photo(), **QUICK).record["settings"])
 
 
 def test_importing_the_package_is_light():

@@ -26,7 +26,7 @@ def recipe(*overrides):
 
 
 def lines(workdir):
-    timeless = ("seconds", "images_per_second")
+    timeless = ("seconds", "images_per_second", "step_seconds", "data_wait", "host_wait", "memory_gb")
     with (workdir / "metrics.jsonl").open() as file:
         return [{name: v for name, v in json.loads(line).items() if name not in timeless} for line in file]
 

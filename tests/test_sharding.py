@@ -98,7 +98,7 @@ def test_rules():
         ("df", (16, 16), ShardingRules(f="fsdp"), "same mesh axis"),
         ("dq", (16, 16), FSDP, "no rule for q"),
         ("df", (16,), FSDP, "more dimensions"),
-        ("df", (16, 16), ShardingRules(f="tensor"), "no axis tensor"),
+        ("df", (16, 16), ShardingRules(f="pipe"), "no axis pipe"),
     ):
         with pytest.raises(ValueError, match=word):
             rules.spec(axes, shape, mesh)

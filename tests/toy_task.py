@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import time
 import zlib
 from pathlib import Path
 
@@ -97,10 +98,13 @@ class ToyTask:
 
 
 class Counter:
-    """Batch n is drawn from (seed, n); the position is n. `TOY_SIGNAL_AT_n=SIGKILL` sends a signal before batch n."""
+    """Batch n is drawn from (seed, n); the position is n. `TOY_SIGNAL_AT_n=SIGKILL` sends a signal before batch n;
+    `TOY_SECONDS=0.5` makes every batch take so long."""
 
-    def __init__(self, batch: int, seed: int, size: int, poison_at: int = -1, length: int | None = None):
+    def __init__(self, batch, seed, size, poison_at=-1, length=None, process_index=0, process_count=1):
         self.batch, self.seed, self.size, self.poison_at, self.length, self.n = batch, seed, size, poison_at, length, 0
+        share = batch // process_count
+        self.own = slice(process_index * share, (process_index + 1) * share)
 
     def __iter__(self):
         return self
@@ -110,12 +114,13 @@ class Counter:
             raise StopIteration
         if name := os.environ.get(f"TOY_SIGNAL_AT_{self.n}"):
             os.kill(os.getpid(), signal.Signals[name])
+        time.sleep(float(os.environ.get("TOY_SECONDS", 0)))
         rng = np.random.default_rng((self.seed, self.n))
         image = rng.random((self.batch, self.size, self.size, 3), np.float32)
         if self.n == self.poison_at:
             image[0, 0, 0, 0] = -1
         self.n += 1
-        return {"image": image}
+        return {"image": image[self.own]}
 
     def get_state(self):
         return {"n": self.n}
@@ -124,5 +129,14 @@ class Counter:
         self.n = state["n"]
 
 
-def counter(*, batch: int, seed: int, size: int = 8, poison_at: int = -1, length: int | None = None) -> Counter:
-    return Counter(batch, seed, size, poison_at, length)
+def counter(
+    *,
+    batch: int,
+    seed: int,
+    size: int = 8,
+    poison_at: int = -1,
+    length: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Counter:
+    return Counter(batch, seed, size, poison_at, length, process_index, process_count)

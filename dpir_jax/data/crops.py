@@ -66,6 +66,11 @@ def draw_crop(
     )
 
 
+def central_crop(height: int, width: int, *, size: int) -> Crop:
+    """The `size` x `size` square in the middle of a photo of at least that size, as it is."""
+    return Crop((height - size) // 2, (width - size) // 2)
+
+
 def cut(pixels: UInt8[np.ndarray, "H W 3"], crop: Crop, size: int) -> UInt8[np.ndarray, "size size 3"]:
     """Cuts `crop` out of a photo: what reducing the whole photo (Lanczos) and slicing it would give, at little cost."""
     piece = _reduced(pixels, crop, size) if crop.scale < 1 else pixels[crop.top :, crop.left :][:size, :size]

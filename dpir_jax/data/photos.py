@@ -1,8 +1,10 @@
-"""Folders of photos as a random-access source."""
+"""Photos as random-access sources: what all have in common, and folders of files."""
 
+import abc
+import hashlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +16,77 @@ from dpir_jax.images import find_photos, photo_size, read_pixels
 log = logging.getLogger(__name__)
 
 
-class PhotoFolder:
-    """All usable photos below some folders, sorted; `folder[i]` is 8-bit sRGB `[H, W, 3]`.
+class Photos(abc.ABC):
+    """Photos by number; `photos[i]` is 8-bit sRGB `[H, W, 3]`.
+
+    For a photo that turns out to be unusable when it is first read, the next one in order stands in, always the same,
+    so that a stream of crops stays a function of the collection.
+
+    Attributes:
+      problems: one sentence for each photo (or caption) that is passed over.
+    """
+
+    def __init__(self) -> None:
+        self.problems: dict[Hashable, str] = {}
+
+    @abc.abstractmethod
+    def __len__(self) -> int: ...
+
+    @abc.abstractmethod
+    def caption(self, index: int) -> str:
+        """The caption of a photo, maybe empty."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """A checksum that tells this collection, in this order, from another one. No pixel is read for it."""
+
+    @abc.abstractmethod
+    def _decode(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        """The pixels of a photo; `InputError` if it cannot be used."""
+
+    def _key(self, index: int) -> Hashable:
+        """A photo's key in `problems`."""
+        return index
+
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+        """The pixels of photo `index`, or of its stand-in."""
+        return self.read(index)[1]
+
+    def read(self, index: int) -> tuple[int, UInt8[np.ndarray, "H W 3"]]:
+        """(`index`, pixels), or number and pixels of the photo that stands in for one that cannot be used.
+
+        Raises:
+          InputError: not one photo can be used.
+        """
+        for candidate in ((index + step) % len(self) for step in range(len(self))):
+            if self._key(candidate) in self.problems:
+                continue
+            try:
+                return candidate, self._decode(candidate)
+            except InputError as error:
+                self.problems[self._key(candidate)] = str(error)
+                log.warning("passed over: %s", error)
+        raise self._none_left(len(self))
+
+    def report(self) -> str:
+        """All problems so far, one line each under a headline; empty when there are none."""
+        if not self.problems:
+            return ""
+        return f"passed over {len(self.problems)} files:\n" + "\n".join(f"  {text}" for text in self.problems.values())
+
+    def _none_left(self, count: int) -> InputError:
+        return InputError(f"none of {count} photos can be used; the first: {next(iter(self.problems.values()))}")
+
+
+class PhotoFolder(Photos):
+    """All usable photos below some folders, sorted.
 
     Headers are checked once, here; what cannot be used is named in `problems` and in one warning. A photo whose header
-    is fine and whose data are not is found when it is first read: the next photo in order then stands in for it, always
-    the same one, so that the stream of crops stays a function of the folder.
+    is fine and whose data are not is found when it is first read.
 
     Attributes:
       paths: the photos.
       sizes: `[N, 2]` height and width as stored.
-      problems: one sentence for each photo (or caption) that is passed over.
     """
 
     def __init__(
@@ -40,16 +102,14 @@ class PhotoFolder:
         Raises:
           InputError: a folder is missing or holds no usable photo.
         """
+        super().__init__()
         self.min_side = min_side
-        self.problems: dict[Path, str] = {}
         self._cache: dict[int, np.ndarray] = {}
         self._cache_left = cache_mb * 2**20
         found = find_photos(folders)
         sizes = {path: size for path in found if (size := self._check(path)) is not None}
         if not sizes:
-            raise InputError(
-                f"none of {len(found)} photos can be used; the first: {next(iter(self.problems.values()))}"
-            )
+            raise self._none_left(len(found))
         self.paths = tuple(sizes)
         self.sizes: Int64[np.ndarray, "N 2"] = np.array(list(sizes.values()), np.int64)
         self.captions = tuple(self._read_caption(path) for path in self.paths) if captions else None
@@ -59,35 +119,17 @@ class PhotoFolder:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
-        """The pixels of photo `index`, or of its stand-in."""
-        return self.read(index)[1]
+    def caption(self, index: int) -> str:
+        """The caption of a photo; empty where it has none or `captions` was not asked for."""
+        return self.captions[index] if self.captions else ""
 
-    def read(self, index: int) -> tuple[int, UInt8[np.ndarray, "H W 3"]]:
-        """(`index`, pixels), or number and pixels of the photo that stands in for one that cannot be decoded.
+    def fingerprint(self) -> str:
+        """A checksum of the photos' names and sizes."""
+        listed = [(path.name, *size) for path, size in zip(self.paths, self.sizes.tolist())]
+        return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
 
-        Raises:
-          InputError: not one photo can be decoded.
-        """
-        for candidate in ((index + step) % len(self) for step in range(len(self))):
-            path = self.paths[candidate]
-            if path in self.problems:
-                continue
-            try:
-                return candidate, self._decode(candidate)
-            except InputError as error:
-                self.problems[path] = str(error)
-                log.warning("passed over: %s", error)
-        raise self._none_left(len(self))
-
-    def report(self) -> str:
-        """All problems so far, one line each under a headline; empty when there are none."""
-        if not self.problems:
-            return ""
-        return f"passed over {len(self.problems)} files:\n" + "\n".join(f"  {text}" for text in self.problems.values())
-
-    def _none_left(self, count: int) -> InputError:
-        return InputError(f"none of {count} photos can be used; the first: {next(iter(self.problems.values()))}")
+    def _key(self, index: int) -> Path:
+        return self.paths[index]
 
     def _decode(self, index: int) -> np.ndarray:
         pixels = self._cache.get(index)

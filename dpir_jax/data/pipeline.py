@@ -1,8 +1,11 @@
-"""Batches of crops from folders of photos, through Grain.
+"""Batches of crops from folders and ArrayRecord files of photos, through Grain.
 
 The element of the Grain data set is a whole batch, not a photo: crops from cached photos take microseconds, a data
 loader's bookkeeping per element takes more. Sample n of the run (n = step x batch + place in the batch) belongs to
 epoch n // N; it is a function of the seed and n alone, so workers, threads, hosts and a resume change nothing.
+
+Several sources are mixed by weights: Grain says which source and which of its photos sample n is, by a permutation that
+needs no memory, so that twenty million photos cost no more to shuffle than twenty.
 """
 
 import dataclasses
@@ -11,16 +14,19 @@ import math
 import os
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from dpir_jax.data.crops import cut, draw_crop
-from dpir_jax.data.photos import PhotoFolder
+from dpir_jax.data.crops import Crop, central_crop, cut, draw_crop
+from dpir_jax.data.embeddings import Embeddings
+from dpir_jax.data.photos import PhotoFolder, Photos
+from dpir_jax.data.records import PhotoRecords
 from dpir_jax.errors import InputError
+from dpir_jax.systems.tokenizers import t5_ids
 
 _ORDER, _CROP = 0, 1  # streams of random numbers: the order of an epoch, one sample's crop
 
@@ -30,12 +36,18 @@ class DataConfig:
     """What to train on.
 
     Attributes:
-      folders: folders (or single files) of photos, searched recursively.
+      folders: folders (or single files) of photos, searched recursively; together one source.
       local_crop: side of the crop that is restored, in pixels.
       global_crop: side of its surroundings, at least `local_crop`; equal to it when nothing looks at them.
       batch: crops per step, over all processes.
       seed: of order and crops.
-      captions: read `NAME.txt` (UTF-8) beside each photo.
+      records: further sources: folders (or patterns) of ArrayRecord files that `dpir pack` wrote.
+      weights: of the sources in a batch, folders first; empty: each by the number of its photos.
+      embeddings: what `dpir precompute` stored, a folder per source in the same order; empty: none.
+      tokenizer: folder of T5's tokenizer: batches get the captions' ids, for text encoding in the step.
+      text_tokens: length of a row of ids.
+      central: always the central crop, unmoved and unturned: what stored latents are of.
+      captions: read `NAME.txt` (UTF-8) beside each photo; records have their captions in them.
       by_area: a photo appears in an epoch as often as disjoint crops fit into it, instead of once.
       flips, rotations: random mirroring; random quarter turns.
       scale_jitter, scale_jitter_prob: range of the factor by which a photo is reduced first, and how often.
@@ -51,6 +63,12 @@ class DataConfig:
     global_crop: int
     batch: int
     seed: int = 0
+    records: tuple[str, ...] = ()
+    weights: tuple[float, ...] = ()
+    embeddings: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    text_tokens: int = 256
+    central: bool = False
     captions: bool = False
     by_area: bool = False
     flips: bool = True
@@ -65,14 +83,31 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         """Raises `InputError` for a value that makes no sense."""
-        folders = (self.folders,) if isinstance(self.folders, str | os.PathLike) else self.folders
-        object.__setattr__(self, "folders", tuple(map(str, folders)))
+        for name in ("folders", "records", "embeddings"):
+            paths = getattr(self, name)
+            paths = (paths,) if isinstance(paths, str | os.PathLike) else paths
+            object.__setattr__(self, name, tuple(map(str, paths)))
+        sources = bool(self.folders) + len(self.records)
         low, high = self.scale_jitter
         checks = (
             (self.local_crop >= 1, f"local_crop must be at least 1, not {self.local_crop}"),
             (
                 self.global_crop >= self.local_crop,
                 f"global_crop ({self.global_crop}) must be at least local_crop ({self.local_crop})",
+            ),
+            (sources >= 1, "there are neither folders nor records to train on"),
+            (
+                len(self.weights) in (0, sources) and all(weight > 0 for weight in self.weights),
+                f"weights must be {sources} positive numbers, one per source, not {self.weights}",
+            ),
+            (
+                len(self.embeddings) in (0, sources),
+                f"embeddings must be {sources} folders, one per source, not {len(self.embeddings)}",
+            ),
+            (not (self.by_area and self.records), "by_area needs the size of every photo, which records do not tell"),
+            (
+                not self.central or self.global_crop == self.local_crop,
+                "central needs global_crop equal to local_crop",
             ),
             (self.batch >= 1, f"batch must be at least 1, not {self.batch}"),
             (self.seed >= 0, f"seed must not be negative, not {self.seed}"),
@@ -88,41 +123,67 @@ class DataConfig:
 
 
 class Batches:
-    """`batches[step]` is a whole batch: a pure function of the folder, the configuration and the step."""
+    """`batches[step]` is a whole batch: a pure function of the photos, the configuration and the step."""
 
-    def __init__(self, folder: PhotoFolder, config: DataConfig, *, process_index: int = 0, process_count: int = 1):
-        """Args: `process_index` of `process_count` processes makes its equal part of every batch.
+    def __init__(
+        self,
+        sources: Photos | Sequence[Photos],
+        config: DataConfig,
+        *,
+        embeddings: Sequence[Embeddings] = (),
+        process_index: int = 0,
+        process_count: int = 1,
+    ):
+        """Args: `sources` and, for each or for none, `embeddings`; `process_index` of `process_count` processes makes
+        its equal part of every batch.
 
         Raises:
           InputError: the batch cannot be divided among the processes.
         """
         if config.batch % process_count:
             raise InputError(f"data: batch {config.batch} cannot be divided among {process_count} processes")
-        self.folder = folder
+        self.sources = (sources,) if isinstance(sources, Photos) else tuple(sources)
+        self.embeddings = tuple(embeddings)
         self.config = config
         self.share = config.batch // process_count
         self.first = process_index * self.share
-        fits = np.prod(folder.sizes // config.global_crop, axis=1) if config.by_area else np.ones(len(folder), np.int64)
-        self.entries = np.repeat(np.arange(len(folder)), fits)  # one epoch in file order
+        only = self.sources[0] if len(self.sources) == 1 else None
+        self._places = _Epochs(only, config) if isinstance(only, PhotoFolder) else _mixed(self.sources, config)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         """Arrays and captions of one step, see `make_dataset`."""
         start = step * self.config.batch + self.first
         samples = [self.sample(number) for number in range(start, start + self.share)]
-        return {
-            "hq": np.stack([hq for hq, _, _ in samples]),
-            "box": np.array([box for _, box, _ in samples], np.int32),
-        } | ({"caption": [caption for _, _, caption in samples]} if self.config.captions else {})
+        captions = [sample.pop("caption") for sample in samples]
+        batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
+        if self.config.tokenizer is not None:
+            batch["ids"] = t5_ids(captions, self.config.tokenizer, self.config.text_tokens)
+        return batch | ({"caption": captions} if self.config.captions else {})
 
-    def sample(self, number: int) -> tuple[np.ndarray, tuple[int, int], str]:
-        """Sample `number` of the run: crop, corner of the local crop, caption."""
+    def sample(self, number: int) -> dict[str, Any]:
+        """Sample `number` of the run: one row of every array of a batch, and the caption."""
         config = self.config
-        epoch, place = divmod(number, len(self.entries))
-        entry = _order(config.seed, epoch, len(self.entries))[place]
-        index, pixels = self.folder.read(int(self.entries[entry]))
-        crop = draw_crop(
+        source, place = self._places[number]
+        photos = self.sources[source]
+        index, pixels = photos.read(place)
+        crop = self._crop(number, *pixels.shape[:2])
+        stored = self.embeddings[source][index] if self.embeddings else {}
+        wanted = config.captions or config.tokenizer is not None
+        return {
+            "hq": cut(pixels, crop, config.global_crop),
+            "box": np.array(crop.box, np.int32),
+            "caption": photos.caption(index) if wanted else "",
+            **stored,
+        }
+
+    def _crop(self, number: int, height: int, width: int) -> Crop:
+        config = self.config
+        if config.central:
+            return central_crop(height, width, size=config.global_crop)
+        return draw_crop(
             np.random.default_rng((config.seed, _CROP, number)),
-            *pixels.shape[:2],
+            height,
+            width,
             size=config.global_crop,
             local_size=config.local_crop,
             flips=config.flips,
@@ -130,8 +191,30 @@ class Batches:
             scale_jitter=config.scale_jitter,
             scale_jitter_prob=config.scale_jitter_prob,
         )
-        caption = self.folder.captions[index] if self.folder.captions else ""
-        return cut(pixels, crop, config.global_crop), crop.box, caption
+
+
+class _Epochs:
+    """(0, photo) of sample n: every epoch shows each photo of a folder, once or by its area, in an order of its own."""
+
+    def __init__(self, folder: PhotoFolder, config: DataConfig):
+        fits = np.prod(folder.sizes // config.global_crop, axis=1) if config.by_area else np.ones(len(folder), np.int64)
+        self._entries = np.repeat(np.arange(len(folder)), fits)  # one epoch in file order
+        self._seed = config.seed
+
+    def __getitem__(self, number: int) -> tuple[int, int]:
+        epoch, place = divmod(number, len(self._entries))
+        return 0, int(self._entries[_order(self._seed, epoch, len(self._entries))[place]])
+
+
+def _mixed(sources: Sequence[Photos], config: DataConfig) -> grain.MapDataset:
+    """(source, photo) of sample n: each source in epochs of its own, drawn from by weight."""
+
+    def places(source: int, photos: Photos) -> grain.MapDataset:
+        numbers = grain.MapDataset.range(len(photos)).seed(config.seed + source).shuffle().repeat()
+        return numbers.map(lambda place: (source, int(place)))
+
+    weights = config.weights or [len(photos) for photos in sources]
+    return grain.MapDataset.mix([places(*source) for source in enumerate(sources)], weights)
 
 
 @functools.lru_cache(maxsize=4)
@@ -158,7 +241,7 @@ class BatchIterator(Iterator[dict[str, Any]]):
         batch = next(self._source[0])
         self._step += 1
         if self.batches.config.workers:  # out of shared memory, which only lives as long as the workers
-            batch |= {name: np.array(batch[name]) for name in ("hq", "box")}
+            batch = {name: value if name == "caption" else np.array(value) for name, value in batch.items()}
         return batch
 
     def get_state(self) -> dict[str, int]:
@@ -200,12 +283,37 @@ def make_dataset(config: DataConfig, *, process_index: int = 0, process_count: i
       hq: `[B, global_crop, global_crop, 3]` uint8 sRGB.
       box: `[B, 2]` int32, (top, left) of the local crop (side `local_crop`) inside `hq`.
       caption: list of B strings, empty where a photo has none; only with `config.captions`.
+      ids: `[B, text_tokens]` int32, T5's ids of the captions; only with `config.tokenizer`.
+      text, moments, clip_tokens, clip_embed: what `config.embeddings` store of the photos (`data.embeddings.Meta`).
 
     With several processes each gets its part (`batch / process_count`) of the same batches.
 
     Raises:
-      InputError: no usable photo, or a batch that cannot be divided.
+      InputError: no usable photo, a batch that cannot be divided, or embeddings that are not of these photos.
     """
     min_side = max(config.min_side, config.global_crop)
-    folder = PhotoFolder(config.folders, min_side=min_side, cache_mb=config.cache_mb, captions=config.captions)
-    return BatchIterator(Batches(folder, config, process_index=process_index, process_count=process_count))
+    sources: list[Photos] = []
+    if config.folders:
+        captions = config.captions or config.tokenizer is not None
+        sources.append(PhotoFolder(config.folders, min_side=min_side, cache_mb=config.cache_mb, captions=captions))
+    sources += [PhotoRecords(path, min_side=min_side) for path in config.records]
+    embeddings = [Embeddings(folder) for folder in config.embeddings]
+    for photos, stored in zip(sources, embeddings):
+        _check_embeddings(photos, stored, config)
+    processes = {"process_index": process_index, "process_count": process_count}
+    return BatchIterator(Batches(sources, config, embeddings=embeddings, **processes))
+
+
+def _check_embeddings(photos: Photos, stored: Embeddings, config: DataConfig) -> None:
+    meta = stored.meta
+    if (meta.photos, meta.fingerprint) != (len(photos), photos.fingerprint()):
+        raise InputError(
+            f"data: {stored.folder} was computed from other photos ({meta.photos}, now {len(photos)}, or others by "
+            "name or size); run `dpir precompute` for these"
+        )
+    cropped = set(meta.arrays) - {"text"}
+    if cropped and not (config.central and config.global_crop == meta.crop):
+        raise InputError(
+            f"data: {stored.folder} holds {', '.join(sorted(cropped))} of central crops of {meta.crop} pixels; set "
+            f"data.central and data.global_crop = data.local_crop = {meta.crop}, or precompute text alone"
+        )

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 HIGHEST = jax.lax.Precision.HIGHEST
+LANES = 128  # of a TPU
 
 
 def reflect_index(index: Int[Array, "*S"], size: int | Int[Array, ""]) -> Int[Array, "*S"]:
@@ -45,14 +46,41 @@ def filter2d(
     """Cross-correlates every plane with one odd kernel, reflecting at the picture's border.
 
     By FFT: on a CPU 2 times faster for 21x21 than the direct sum, and 50 times faster than XLA's depthwise convolution.
+    On a TPU, whose compiler takes minutes over an FFT of this size, as matrix products with the kernel's rows.
     """
     canvas = planes.shape[1:]
     height, width = canvas[0] if height is None else height, canvas[1] if width is None else width
-    pad = kernel.shape[-1] // 2
-    shape = tuple(_fft_size(side + 2 * pad) for side in canvas)
-    spectrum = jnp.fft.rfft2(reflect_pad(planes, pad, height, width), shape)
+    padded = reflect_pad(planes, kernel.shape[-1] // 2, height, width)
+    return jax.lax.platform_dependent(padded, kernel, tpu=correlate_by_bands, default=correlate_by_fft)
+
+
+def correlate_by_fft(padded: Float[Array, "C H+K-1 W+K-1"], kernel: Float[Array, "K K"]) -> Float[Array, "C H W"]:
+    """Cross-correlation where the kernel lies wholly inside, through the spectra."""
+    height, width = (side - kernel.shape[0] + 1 for side in padded.shape[1:])
+    shape = tuple(_fft_size(side) for side in padded.shape[1:])
+    spectrum = jnp.fft.rfft2(padded, shape)
     filtered = jnp.fft.irfft2(spectrum * jnp.fft.rfft2(kernel, shape).conj(), shape)
-    return filtered[:, : canvas[0], : canvas[1]]
+    return filtered[:, :height, :width]
+
+
+def correlate_by_bands(padded: Float[Array, "C H+K-1 W+K-1"], kernel: Float[Array, "K K"]) -> Float[Array, "C H W"]:
+    """The same, one row of the kernel after the other: a banded matrix that takes K - 1 + 128 columns to 128."""
+    size = kernel.shape[0]
+    height, width = (side - size + 1 for side in padded.shape[1:])
+    blocks, span = -(-width // LANES), LANES + size - 1
+    padded = jnp.pad(padded, ((0, 0), (0, 0), (0, blocks * LANES - width)))
+    windows = jnp.stack([padded[:, :, start : start + span] for start in range(0, blocks * LANES, LANES)], 2)
+    tap = np.arange(span)[:, None] - np.arange(LANES)[None]
+    inside = (tap >= 0) & (tap < size)
+    bands = jnp.where(inside, kernel[:, np.where(inside, tap, 0)], 0)  # [K, span, LANES]
+
+    def add(total: Array, row: Array) -> tuple[Array, None]:
+        part = jax.lax.dynamic_slice_in_dim(windows, row, height, axis=1)
+        return total + jnp.einsum("chbi,io->chbo", part, bands[row], precision=HIGHEST), None
+
+    empty = jnp.zeros((padded.shape[0], height, blocks, LANES), padded.dtype)
+    total, _ = jax.lax.scan(add, empty, jnp.arange(size))
+    return total.reshape(*empty.shape[:2], -1)[:, :, :width]
 
 
 def _fft_size(size: int) -> int:

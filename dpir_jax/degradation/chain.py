@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from dpir_jax.degradation.blur import filter2d, sharpen
-from dpir_jax.degradation.jpeg import jpeg
+from dpir_jax.degradation.jpeg import Table, jpeg
 from dpir_jax.degradation.noise import (
     POISSON,
     gaussian_noise,
@@ -52,7 +52,8 @@ def apply_plan(plan: Plan, hq: Float[Array, "B H W 3"], recipe: Recipe) -> Float
     """Degrades pictures in [0, 1] as `plan` says; the result has 8-bit values in [0, 1].
 
     Of `recipe` only what fixes shapes and constants is read: `scale`, `usm`, `jpeg_table`, whether there is a first
-    stage, and the upper ends of the resize ranges, which the plan's scales must not exceed.
+    stage and whether a size can change, and the upper ends of the resize ranges, which the plan's scales must not
+    exceed.
 
     Raises:
       InputError: a picture smaller than `scale`.
@@ -72,6 +73,8 @@ def _apply(plan: Plan, planes: Planes, recipe: Recipe) -> Planes:
     size = tuple(_scaled(side / recipe.scale, second.resize_scale) for side in high)
     canvas = _canvas(low, max(1.0, recipe.second.resize_range[1]))
 
+    if recipe.keeps_size:
+        return round_to_8_bit(_native(plan, planes, table))
     if plan.first is None:
         matrices = resize_matrices(second.resize_mode, high, size, high, canvas)
         planes = resample(_blurred(planes, second.blur, high), *matrices)
@@ -87,6 +90,15 @@ def _apply(plan: Plan, planes: Planes, recipe: Recipe) -> Planes:
     planes = _blurred(planes, plan.sinc, low)
     planes = jax.lax.cond(plan.jpeg_last, lambda p: compressed(p, low), lambda p: p, planes)
     return round_to_8_bit(planes)
+
+
+def _native(plan: Plan, planes: Planes, table: Table) -> Planes:
+    """Blur, noise, JPEG, where nothing is resized; the last filter is left out or comes before the JPEG or after it."""
+    size, stage = planes.shape[1:], plan.second
+    planes = _noisy(_blurred(planes, stage.blur, size), stage, size)
+    planes = jax.lax.cond(plan.jpeg_last, lambda p: _blurred(p, plan.sinc, size), lambda p: p, planes)
+    planes = jpeg(jnp.clip(planes, 0, 1), stage.quality, table=table)
+    return jax.lax.cond(plan.jpeg_last, lambda p: p, lambda p: _blurred(p, plan.sinc, size), planes)
 
 
 def _first_stage(plan: Plan, planes: Planes, size_out: Size, canvas_out: tuple[int, int], recipe: Recipe) -> Planes:

@@ -123,7 +123,8 @@ def _draw_stage(stage: Stage, draws: _Draws) -> StagePlan:
 
 
 def _draw_blur(stage: Stage, draws: _Draws) -> Blur:
-    size = 7 + 2 * draws.integer(8)
+    smallest, largest = stage.kernel_sizes
+    size = smallest + 2 * draws.integer((largest - smallest) // 2 + 1)
     kind = draws.choice(stage.kernel_probs)
     isotropic = kind % 2 == 0
     family = jnp.where(draws.chance(stage.sinc_prob), kernels.SINC, kind // 2)

@@ -13,6 +13,7 @@ class Stage:
     """Blur, resize, noise, JPEG: ranges are uniform. Defaults are the first stage of Real-ESRGAN x4plus."""
 
     blur_prob: float = 1.0
+    kernel_sizes: tuple[int, int] = (7, 21)  # odd sides of a kernel, uniform
     sinc_prob: float = 0.1  # of a blur: a sinc kernel; else one of `kernel_probs`
     kernel_probs: tuple[float, ...] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)  # Gaussian, generalised, plateau: iso, aniso
     sigma: Range = (0.2, 3.0)  # pixels
@@ -52,6 +53,11 @@ class Recipe:
             raise InputError(f"scale must be at least 1, not {self.scale}")
         if self.jpeg_table not in TABLES:
             raise InputError(f"jpeg_table must be one of {', '.join(TABLES)}, not {self.jpeg_table!r}")
+
+    @property
+    def keeps_size(self) -> bool:
+        """Whether no step can change the size, so that no resampling need be compiled."""
+        return self.first is None and self.scale == 1 and self.second.resize_range == (1.0, 1.0)
 
     @classmethod
     def realesrgan(cls, **changes: object) -> "Recipe":
@@ -100,9 +106,30 @@ class Recipe:
         return dataclasses.replace(cls(None, stage, final_sinc_prob=0.0, usm=False), **changes)
 
     @classmethod
+    def native(cls, **changes: object) -> "Recipe":
+        """A round Gaussian blur, Gaussian noise, JPEG, at the photo's own resolution, each over its full range.
+
+        Kernels are always large enough for their sigma, so that the three drawn strengths alone decide.
+        """
+        stage = Stage(
+            sinc_prob=0.0,
+            kernel_probs=(1.0, 0.0, 0.0, 0.0, 0.0, 0.0),
+            kernel_sizes=(21, 21),
+            resize_probs=(0.0, 0.0, 1.0),
+            resize_range=(1.0, 1.0),
+            gaussian_prob=1.0,
+        )
+        return dataclasses.replace(cls(None, stage, final_sinc_prob=0.0, usm=False, scale=1), **changes)
+
+    @classmethod
     def named(cls, name: str, **changes: object) -> "Recipe":
         """The recipe of that name, `InputError` if there is none."""
-        makers = {"realesrgan": cls.realesrgan, "light": cls.light, "first_order": cls.first_order}
+        makers = {
+            "realesrgan": cls.realesrgan,
+            "light": cls.light,
+            "first_order": cls.first_order,
+            "native": cls.native,
+        }
         if name not in makers:
             raise InputError(f"unknown recipe {name!r}; choose one of {', '.join(makers)}")
         return makers[name](**changes)

@@ -24,6 +24,7 @@ Settings are those of the schedulers that Stable Diffusion 2 is published with (
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -35,6 +36,7 @@ from jaxtyping import Array, Float, Int
 from dpir_jax.diffusion.flow import at_level
 from dpir_jax.diffusion.samplers import scan_steps
 from dpir_jax.diffusion.schedule import MAX_STEPS
+from dpir_jax.errors import InputError
 
 Prediction = Literal["epsilon", "velocity"]
 Spacing = Literal["leading", "linspace", "karras"]
@@ -112,6 +114,16 @@ class DDPMSchedule:
         return noise if self.prediction == "epsilon" else self.velocity(x0, noise, timestep)
 
     # --- sampling ----------------------------------------------------------------------------------------------------
+
+    def table(self, sampler: str, steps: int | Int[Array, ""], size: int = MAX_STEPS) -> Table:
+        """The table of a sampler of `SAMPLERS`, as published with Stable Diffusion 2. DDPM's needs noise in each step.
+
+        Raises:
+          InputError: an unknown sampler.
+        """
+        if sampler not in SAMPLERS:
+            raise InputError(f"sampler is {sampler}; this model has {', '.join(SAMPLERS)}")
+        return SAMPLERS[sampler](self, steps, size)
 
     def x0(
         self, output: Float[Array, "..."], z: Float[Array, "..."], alpha: float | Array, sigma: float | Array
@@ -205,6 +217,14 @@ def _corrector(number: Array, gap: Array, keep: Array, pull: Array) -> Corrector
     return Corrector(jnp.append(1, keep[:-1]), jnp.append(0, pull[:-1]), before, now)
 
 
+SAMPLERS: dict[str, Callable[..., Table]] = {
+    "ddpm": DDPMSchedule.ddpm_table,
+    "ddim": DDPMSchedule.ddim_table,
+    "dpm++": DDPMSchedule.solver_table,
+    "unipc": functools.partial(DDPMSchedule.solver_table, corrected=True),
+}
+
+
 def advance(
     z: Float[Array, "..."],
     x0: Float[Array, "..."],
@@ -214,6 +234,54 @@ def advance(
 ) -> Float[Array, "..."]:
     """One step, equation (4). Works on NumPy arrays too: a tiled photo's canvas stays on the host."""
     return row.keep * z + row.pull * (x0 + row.extrapolate * (x0 - x0_before)) + row.noise * noise
+
+
+class State(NamedTuple):
+    """The state, the one before it, and the clean latents that were seen there and one step earlier."""
+
+    z: Array
+    z_before: Array
+    x0_before: Array
+    x0_earlier: Array
+
+    @classmethod
+    def start(cls, z: Float[Array, "..."]) -> "State":
+        """Before the first step."""
+        return cls(z, z, 0 * z, 0 * z)
+
+
+def follow(
+    state: State, estimate: Callable[[Array], Array], row: Table, noise: Float[Array, "..."] | float = 0.0
+) -> State:
+    """One step: look at the state, correct it (UniPC, equation 8), go on (equation 4). NumPy arrays stay NumPy arrays.
+
+    Args:
+      state: where the sampler stands.
+      estimate: z -> the clean latent that the network sees in it.
+      row: the step's.
+      noise: standard normal, where the table adds any.
+    """
+    z, x_1, x_2 = state.z, state.x0_before, state.x0_earlier
+    x0 = estimate(z)
+    if (fix := row.corrector) is not None:  # the first row keeps z as it is
+        z = fix.keep * state.z_before + fix.pull * (x_1 + fix.before * (x_2 - x_1) + fix.now * (x0 - x_1))
+    return State(advance(z, x0, x_1, row, noise), z, x0, x_1)
+
+
+def walk(
+    estimate: Callable[[Float[Array, "B ..."], Table], Float[Array, "B ..."]],
+    z: Float[Array, "B ..."],
+    table: Table,
+    steps: int | Int[Array, ""],
+    draw: Callable[[Int[Array, ""]], Float[Array, "B ..."]] | None = None,
+) -> Float[Array, "B ..."]:
+    """Runs the first `steps` rows of a table with `estimate`: (z, row) -> clean latent, float32. See `sample`."""
+
+    def step(state: State, row: Table) -> State:
+        noise = 0.0 if draw is None else draw(row.number)
+        return follow(state, lambda z: estimate(z, row), row, noise)
+
+    return scan_steps(step, State.start(z.astype(jnp.float32)), table, steps).z
 
 
 def sample(
@@ -235,19 +303,11 @@ def sample(
       draw: number of the step -> standard normal noise of z's shape; needed where the table adds noise.
     """
 
-    def step(state: tuple[Array, ...], row: Table) -> tuple[Array, ...]:
-        z, z_before, x_1, x_2 = state
+    def estimate(z: Array, row: Table) -> Array:
         output = predict(z, jnp.broadcast_to(row.timestep, z.shape[:1])).astype(jnp.float32)
-        x0 = schedule.x0(output, z, row.alpha, row.sigma)
-        if (fix := row.corrector) is not None:
-            better = fix.keep * z_before + fix.pull * (x_1 + fix.before * (x_2 - x_1) + fix.now * (x0 - x_1))
-            z = jnp.where(row.number > 0, better, z)
-        noise = 0.0 if draw is None else draw(row.number)
-        return advance(z, x0, x_1, row, noise), z, x0, x_1
+        return schedule.x0(output, z, row.alpha, row.sigma)
 
-    z = z.astype(jnp.float32)
-    start = (z, z, jnp.zeros_like(z), jnp.zeros_like(z))
-    return scan_steps(step, start, table, steps)[0]
+    return walk(estimate, z, table, steps, draw)
 
 
 def normal_draws(key: Array, like: Float[Array, "B ..."]) -> Callable[[Int[Array, ""]], Float[Array, "B ..."]]:

@@ -8,6 +8,8 @@ Restoration guidance pulls the clean latent that the velocity points at towards 
 in sampling, where structure is decided (SUPIR, arXiv 2401.13627, section 3.4; with s_max = 1 and x_0 = z - s v):
 
     x_0' = x_0 - f s^tau (x_0 - anchor),   v' = (z - x_0') / s = v + f s^(tau - 1) (x_0 - anchor)       (2)
+
+On DDPM's path s is the noise's standard deviation, which starts at nearly 1 too.
 """
 
 from collections.abc import Callable
@@ -68,3 +70,15 @@ def restoration_pull(
     """Restoration guidance, equation (2). `fidelity` f: 0 leaves the velocity as it is, 1 is SUPIR's strength."""
     pull = fidelity * at_level(sigma, z) ** (tau - 1)
     return velocity + pull * (x0_from_velocity(z, velocity, sigma) - anchor)
+
+
+def clean_pull(
+    x0: Float[Array, "B ..."],
+    sigma: Float[Array, "..."],
+    anchor: Float[Array, "B ..."],
+    fidelity: float | Float[Array, ""],
+    *,
+    tau: float = 4.0,
+) -> Float[Array, "B ..."]:
+    """Restoration guidance on a clean latent: the left half of equation (2)."""
+    return x0 - fidelity * sigma**tau * (x0 - anchor)

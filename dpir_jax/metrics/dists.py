@@ -26,9 +26,10 @@ class DISTS(nnx.Module):
     """Distance of image pairs. A pytree whose weights are frozen: pass it to jit as an argument. Differentiable."""
 
     def __init__(self, trunk: Trunk, alpha: Float[Array, "1475"], beta: Float[Array, "1475"]):
+        total = jnp.sum(alpha) + jnp.sum(beta)
         self.trunk = trunk
-        self.alpha = MetricWeight(alpha, axes="_")
-        self.beta = MetricWeight(beta, axes="_")
+        self.alpha = MetricWeight(alpha / total, axes="_")
+        self.beta = MetricWeight(beta / total, axes="_")
 
     @classmethod
     def load(cls, folder: str | os.PathLike | None = None) -> Self:

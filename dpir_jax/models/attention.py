@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from dpir_jax.errors import InputError
+from dpir_jax.models.placement import constrain, current_placement, per_device
 
 Heads = Float[Array, "B L H K"]
 Bias = Float[Array, "... H Q L"]
@@ -50,7 +51,7 @@ def use_attention_backend(backend: str | None, *, spec: PartitionSpec | None = N
     Args:
       backend: a name of the table above, or None for the platform's own.
       spec: how `[B, L, H, K]` lies on the mesh (`L` and `K` whole). The splash kernel cannot be partitioned by the
-        compiler, so on more than one device it runs per shard of this.
+        compiler, so on more than one device it runs per shard of this. Not needed under `use_placement`.
 
     Raises:
       InputError: an unknown backend.
@@ -96,7 +97,31 @@ def attention(
         backend = preferred if long and not _obstacle(preferred, q, bias) else "xla"
     elif obstacle := _obstacle(backend, q, bias):
         raise InputError(f"attention backend {backend!r} cannot take {obstacle}")
-    return _BACKENDS[backend](q, k, v, mask, bias, scale)
+    if current_placement() is None:
+        return _BACKENDS[backend](q, k, v, mask, bias, scale)
+    return _placed(backend, q, k, v, mask, bias, scale)
+
+
+def _placed(
+    backend: str, q: Heads, k: Heads, v: Heads, mask: Array | None, bias: Bias | None, scale: float
+) -> Float[Array, "B Q H K"]:
+    """On a mesh: samples and heads are cut; queries too, each device then sees all keys (context parallelism)."""
+    count = q.shape[1]
+    if fill := -count % current_placement().parts("T"):  # rows that nobody reads, so that all pieces are equal
+        q = jnp.pad(q, ((0, 0), (0, fill), (0, 0), (0, 0)))
+        bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, fill), (0, 0)))
+    if backend in ("xla", "cudnn"):  # the compiler can cut these
+        q, k, v = constrain(q, "BTH_"), constrain(k, "B_H_"), constrain(v, "B_H_")
+        return _BACKENDS[backend](q, k, v, mask, bias, scale)[:, :count]
+    optional = {"B_": mask, "BHT_": bias}
+    given = {letters: array for letters, array in optional.items() if array is not None}
+
+    def run(q: Heads, k: Heads, v: Heads, *rest: Array) -> Heads:
+        extra = dict(zip(given, rest))
+        return _BACKENDS[backend](q, k, v, extra.get("B_"), extra.get("BHT_"), scale)
+
+    local = per_device(run, ("BTH_", "B_H_", "B_H_", *given), "BTH_")
+    return local(q, k, v, *given.values())[:, :count]
 
 
 def _check(backend: str | None) -> None:

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import attention
-from dpir_jax.models.layers import conv, dense, group_norm, scan_blocks, stack
+from dpir_jax.models.layers import conv, dense, group_norm, run_block, scan_blocks, stack
 from dpir_jax.models.precision import FLOAT32, Precision
 
 EPSILON = 1e-6  # of every group norm; visible on almost flat pictures
@@ -96,7 +96,7 @@ class Level(nnx.Module):
         self.rest = stack(lambda r: ResidualBlock(outer, outer, groups, rngs=r, precision=precision), depth - 1, rngs)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W D"]:
-        x = self.first(x)
+        x = run_block(self.first, x)
         return x if self.rest is None else scan_blocks(self.rest, x, lambda block, x: block(x))
 
 
@@ -127,8 +127,8 @@ class Middle(nnx.Module):
         self.after = ResidualBlock(width, width, groups, rngs=rngs, precision=precision)
 
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-        x = self.before(x)
-        return self.after(x if self.attention is None else self.attention(x))
+        x = run_block(self.before, x)
+        return run_block(self.after, x if self.attention is None else run_block(self.attention, x))
 
 
 class Encoder(nnx.Module):

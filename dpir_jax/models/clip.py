@@ -119,6 +119,11 @@ class CLIPTextConfig:
         return cls(width=1024, layers=23, heads=16, mlp_width=4096, activation="gelu")
 
     @classmethod
+    def nano(cls) -> "CLIPTextConfig":
+        """The text tower of `dalpsr-nano`, trained with it; a degradation prompt fills its 16 tokens."""
+        return cls(vocabulary=32, max_length=16, width=64, layers=2, heads=2, mlp_width=256, end_token=2)
+
+    @classmethod
     def tiny(cls) -> "CLIPTextConfig":
         """For tests."""
         return cls(vocabulary=30, max_length=9, width=24, layers=2, heads=2, mlp_width=32, end_token=29)

@@ -8,16 +8,23 @@ one more, leading dimension (the layer), which is never sharded. `dpir_jax.paral
     k  kernel taps         _  anything that is never sharded
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax import checkpoint_policies as policies
 
+from dpir_jax.errors import InputError
+from dpir_jax.models.placement import constrain_stream
 from dpir_jax.models.precision import FLOAT32, Precision
 
 M = TypeVar("M", bound=nnx.Module)
+T = TypeVar("T")
 
 xavier = nnx.initializers.xavier_uniform()
 torch_uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")  # U(+-1/sqrt(fan_in)), torch's default
@@ -47,6 +54,17 @@ def dense(
     )
 
 
+class Conv(nnx.Conv):
+    """A convolution of which a device computes whole pictures.
+
+    Left alone, the compiler would cut a picture by rows where its tokens are cut; the gradient of the kernel then comes
+    out as many times too large as there are devices along a mesh axis that cuts nothing (XLA of jax 0.10.2).
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return constrain_stream(super().__call__(constrain_stream(x)))
+
+
 def conv(
     in_channels: int,
     out_channels: int,
@@ -59,10 +77,10 @@ def conv(
     precision: Precision = FLOAT32,
     init: Callable = torch_uniform,
     axes: str = "kkio",
-) -> nnx.Conv:
+) -> Conv:
     """A square 2-D convolution on NHWC, kernel `[k, k, in, out]`. An int pads all sides by that much, like torch."""
     pads = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
-    return nnx.Conv(
+    return Conv(
         in_channels,
         out_channels,
         (kernel, kernel),
@@ -132,6 +150,73 @@ def stack(make: Callable[[nnx.Rngs], M], length: int, rngs: nnx.Rngs) -> M:
     return nnx.vmap(make, in_axes=0, out_axes=0, transform_metadata={})(rngs.split(length)) if length else None
 
 
+def pack(array: jax.Array) -> jax.Array:
+    """bfloat16 as its bits (uint16), without a copy; other arrays as they are. On the host, not in a program.
+
+    XLA on a CPU computes without brain floats, and for a loop over stacked weights it first makes float32 copies of all
+    layers: twice the weights, beside them. Integers it leaves alone, so that each layer is widened when it is read.
+    """
+    return jax.device_put(np.asarray(array).view(np.uint16)) if array.dtype == jnp.bfloat16 else array
+
+
+def unpack(tree: T) -> T:
+    """The inverse of `pack` for all arrays of a pytree; inside of what is compiled."""
+    return jax.tree.map(
+        lambda leaf: jax.lax.bitcast_convert_type(leaf, jnp.bfloat16) if leaf.dtype == jnp.uint16 else leaf, tree
+    )
+
+
+def _keep_products(primitive: Any, *args: Any, **params: Any) -> bool:
+    """Matrix products with weights, and convolutions: what is dear to compute again. Attention is computed again."""
+    return primitive is jax.lax.conv_general_dilated_p or policies.dots_with_no_batch_dims_saveable(
+        primitive, *args, **params
+    )
+
+
+# What the backward pass finds stored of each block, beside the block's input. See `use_remat`.
+REMAT = {
+    "none": None,
+    "dots": _keep_products,
+    "full": policies.nothing_saveable,
+    "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+}
+_remat: contextvars.ContextVar[str] = contextvars.ContextVar("remat", default="none")
+
+
+@contextlib.contextmanager
+def use_remat(name: str) -> Iterator[None]:
+    """What the blocks traced inside store for the backward pass: memory against time. No value changes.
+
+    Args:
+      name: "none" stores everything. "dots" stores the results of matrix products and convolutions and computes the
+        rest again (norms, activations, attention). "full" stores only each block's input and computes the block again:
+        a third more time, least memory. "offload" is "dots" with the matrix products kept in the host's memory.
+
+    Raises:
+      InputError: there is no such policy.
+    """
+    if name not in REMAT:
+        raise InputError(f"remat is {name!r}; it must be one of {', '.join(REMAT)}")
+    token = _remat.set(name)
+    try:
+        yield
+    finally:
+        _remat.reset(token)
+
+
+def rematerialized(call: Callable, remat: Callable | None = None) -> Callable:
+    """`call` under the policy in force, or under `remat` where one is given; all its arrays must be arguments."""
+    if remat is not None:
+        return remat(call)
+    policy = REMAT[_remat.get()]
+    return call if policy is None else jax.checkpoint(call, policy=policy)
+
+
+def run_block(block: nnx.Module, x: jax.Array, *inputs: Any) -> jax.Array:
+    """`block(x, *inputs)`, placed and rematerialised as `scan_blocks` does: for blocks too different to be stacked."""
+    return constrain_stream(rematerialized(lambda block, x, *inputs: block(x, *inputs))(block, x, *inputs))
+
+
 def scan_blocks(
     blocks: M, carry: jax.Array | tuple, call: Callable, *, remat: Callable | None = None, unroll: bool = False
 ) -> tuple:
@@ -141,12 +226,12 @@ def scan_blocks(
       blocks: a module from `stack`.
       carry: what flows from block to block.
       call: `(block, carry) -> carry`.
-      remat: None, or a wrapper such as `jax.checkpoint` or `functools.partial(jax.checkpoint, policy=...)`.
+      remat: None for the policy of `use_remat`, or a wrapper such as `jax.checkpoint`.
       unroll: no loop in the program. For shallow stacks of convolutions: inside a loop XLA on CPU computes a
         convolution's gradient by its naive path (measured: 4 against 146 GFLOP/s).
     """
 
     def body(carry: jax.Array | tuple, block: M) -> tuple:
-        return call(block, carry), None
+        return jax.tree.map(constrain_stream, call(unpack(block), carry)), None
 
-    return jax.lax.scan(remat(body) if remat else body, carry, blocks, unroll=unroll)[0]
+    return jax.lax.scan(rematerialized(body, remat), jax.tree.map(constrain_stream, carry), blocks, unroll=unroll)[0]

@@ -59,7 +59,7 @@ class Llava(nnx.Module):
         self.tower = CLIPVision(read, **make)
         self.tower_last = CLIPBlock(config.vision, **make)
         self.linear_1 = dense(config.vision.width, config.text.width, "cd", **make)
-        self.linear_2 = dense(config.text.width, config.text.width, "dd", **make)
+        self.linear_2 = dense(config.text.width, config.text.width, "id", **make)
         self.language = Llama(config.text, **make)
 
     def features(self, pixels: Float[Array, "B S S 3"]) -> Float[Array, "B P D"]:

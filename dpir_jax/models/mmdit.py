@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import attention
 from dpir_jax.models.embeddings import ConditionEmbedding, patchify, position_table, timestep_embedding, unpatchify
-from dpir_jax.models.layers import conv, dense, group_norm, rms_norm, scan_blocks, stack
+from dpir_jax.models.layers import conv, dense, group_norm, rematerialized, rms_norm, scan_blocks, stack
 from dpir_jax.models.precision import FLOAT32, Precision
 
 Tokens = Float[Array, "B N D"]
@@ -379,7 +379,7 @@ class MMDiT(nnx.Module):
           context: joint-attention tokens.
           pooled: pooled condition.
           control: `lq_branch(lq_latent)`, computed once per photo; None leaves the branch out.
-          remat: None or a wrapper such as `jax.checkpoint`, put around each block.
+          remat: None for the policy of `layers.use_remat`, or a wrapper to put around each block.
 
         Raises:
           InputError: the latent is not made of whole patches or larger than the position table.
@@ -394,5 +394,5 @@ class MMDiT(nnx.Module):
             hidden, context = scan_blocks(run, (hidden, context), call, remat=remat)
             if index == 0 and control is not None:
                 hidden = hidden + align(control, hidden)
-        hidden, _ = (remat(call) if remat else call)(self.last, (hidden, context))
+        hidden, _ = rematerialized(call, remat)(self.last, (hidden, context))
         return self.project(hidden, condition, self.grid(latent)).astype(latent.dtype)

@@ -242,6 +242,11 @@ class PatchAutoencoder(nnx.Module):
         image = from_patches(self.decoder(padded).astype(jnp.float32), self.config.patch_size)
         return image + self.refiner(latent).astype(jnp.float32) if self.config.decoder_widths else image
 
+    @property
+    def deviations(self) -> Float[Array, "C"]:
+        """What a latent channel of 1 adds to a patch, as the length of the change of its pixel values (s above)."""
+        return jax.lax.rsqrt(jnp.sum(jnp.square(self.encoder.project.kernel[...]), 0))
+
     def fit(self, images: Float[np.ndarray, "N H W 3"]) -> None:
         """Sets encoder and decoder from photographs in [-1, 1], in float64."""
         config, reach = self.config, self.config.reach

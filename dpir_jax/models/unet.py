@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Num
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import attention
 from dpir_jax.models.embeddings import ConditionEmbedding, timestep_embedding
-from dpir_jax.models.layers import conv, dense, group_norm, layer_norm
+from dpir_jax.models.layers import conv, dense, group_norm, layer_norm, run_block
 from dpir_jax.models.precision import FLOAT32, Precision
 
 Picture = Float[Array, "B H W C"]
@@ -103,6 +103,20 @@ class UNetConfig:
         return cls(image_context_dim=512)
 
     @classmethod
+    def nano(cls) -> "UNetConfig":
+        """The UNet of `dalpsr-nano`: three levels, transformers where the grid is small."""
+        return cls(
+            in_channels=16,
+            out_channels=16,
+            block_out_channels=(64, 96, 128),
+            heads=(2, 3, 4),
+            attention=(False, True, True),
+            layers_per_block=1,
+            context_dim=64,
+            groups=8,
+        )
+
+    @classmethod
     def tiny(cls) -> "UNetConfig":
         """For tests."""
         return cls(
@@ -165,11 +179,11 @@ class Attention(nnx.Module):
     """Multi-head attention of tokens to a context or themselves; only the way out has a bias."""
 
     def __init__(self, width: int, context_dim: int, heads: int, *, rngs: nnx.Rngs, precision: Precision) -> None:
-        make, letter = {"rngs": rngs, "precision": precision}, "d" if context_dim == width else "c"
+        make = {"rngs": rngs, "precision": precision}
         self.heads = heads
         self.to_q = dense(width, width, "dh", bias=False, **make)
-        self.to_k = dense(context_dim, width, f"{letter}h", bias=False, **make)
-        self.to_v = dense(context_dim, width, f"{letter}h", bias=False, **make)
+        self.to_k = dense(context_dim, width, "dh", bias=False, **make)
+        self.to_v = dense(context_dim, width, "dh", bias=False, **make)
         self.to_out = dense(width, width, "hd", **make)
 
     def __call__(self, x: Float[Array, "B N D"], context: Float[Array, "B L J"]) -> Float[Array, "B N D"]:
@@ -193,7 +207,7 @@ class Transformer(nnx.Module):
     ) -> None:
         make, hidden = {"rngs": rngs, "precision": precision}, MLP_RATIO * width
         self.norm = group_norm(width, groups, epsilon=TRANSFORMER_EPSILON, **make)
-        self.proj_in = dense(width, width, "od", **make)
+        self.proj_in = dense(width, width, "id", **make)
         self.norm1 = layer_norm(width, epsilon=RESIDUAL_EPSILON, **make)
         self.self_attention = Attention(width, width, heads, **make)
         self.norm2 = layer_norm(width, epsilon=RESIDUAL_EPSILON, **make)
@@ -201,7 +215,7 @@ class Transformer(nnx.Module):
         self.norm3 = layer_norm(width, epsilon=RESIDUAL_EPSILON, **make)
         self.up = dense(width, 2 * hidden, "df", **make)
         self.down = dense(hidden, width, "fd", **make)
-        self.proj_out = dense(width, width, "do", **make)
+        self.proj_out = dense(width, width, "di", **make)
 
     def __call__(self, x: Picture, context: Float[Array, "B L J"]) -> Picture:
         tokens = self.proj_in(self.norm(x).reshape(x.shape[0], -1, x.shape[-1]))  # [B, HW, C]
@@ -259,7 +273,7 @@ class DownLevel(nnx.Module):
         """All states of the level, in the order in which they arise."""
         states = [x]
         for layer in self.layers:
-            states.append(layer(states[-1], conditions))
+            states.append(run_block(layer, states[-1], conditions))
         if self.down is not None:
             states.append(self.down(states[-1]))
         return states[1:]
@@ -276,7 +290,8 @@ class Middle(nnx.Module):
         self.after = ResidualBlock(width, width, config.time_dim, config.groups, **make)
 
     def __call__(self, x: Picture, conditions: Conditions) -> Picture:
-        return self.after(self.looks(self.before(x, conditions.time), conditions), conditions.time)
+        x = run_block(self.before, x, conditions.time)
+        return run_block(self.after, run_block(self.looks, x, conditions), conditions.time)
 
 
 class UpLevel(nnx.Module):
@@ -300,7 +315,7 @@ class UpLevel(nnx.Module):
     def __call__(self, x: Picture, skips: list[Picture], conditions: Conditions) -> Picture:
         """Takes the states that it needs from the end of `skips`."""
         for layer in self.layers:
-            x = layer(jnp.concatenate([x, skips.pop()], axis=-1), conditions)
+            x = run_block(layer, jnp.concatenate([x, skips.pop()], axis=-1), conditions)
         return x if self.up is None else self.up(enlarged(x, *skips[-1].shape[1:3]))
 
 

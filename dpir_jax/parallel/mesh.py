@@ -11,14 +11,20 @@ from dpir_jax.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one axis may be -1, "all that are left".
+    """Devices along each mesh axis; one axis may be -1, "all that are left". What an axis cuts, the sharding says.
 
     data: copies of the model, each with its share of the batch.
     fsdp: pieces that parameters, optimizer and EMA are cut into; the batch is cut along this axis too.
+    tensor: pieces of each layer's hidden width and heads, all with the same samples.
+    context: pieces of each sample's tokens.
+
+    Neighbours along the last axes are neighbours in the machine: what talks most stands last.
     """
 
     data: int = -1
     fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
 
 
 def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] | None = None) -> Mesh:

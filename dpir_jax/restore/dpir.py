@@ -2,22 +2,30 @@
 
 import dataclasses
 import functools
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
+from dpir_jax import model_folder
 from dpir_jax.diffusion.guidance import guided
 from dpir_jax.errors import InputError
 from dpir_jax.models.clip import DEVIATION, MEAN, clip_preprocess
 from dpir_jax.models.precision import Precision
+from dpir_jax.models.t5 import T5Config
+from dpir_jax.restore.stages import Resident, Stage, Staged
 from dpir_jax.systems.dpir import DPIR, Condition, DPIRConfig
-from dpir_jax.systems.dpir_folder import read_dpir
+from dpir_jax.systems.dpir_folder import abstract_dpir, read_dpir
 from dpir_jax.systems.prompts import global_boxes
+
+log = logging.getLogger(__name__)
 
 
 class Scene(NamedTuple):
@@ -70,6 +78,11 @@ class RestoringDPIR:
         return self.config.mmdit.in_channels
 
     @property
+    def reads_text(self) -> bool:
+        """With a text encoder and its tokenizer."""
+        return self.config.t5 is not None and self.tokenizer is not None
+
+    @property
     def prompt_source(self) -> str:
         """What the prompts look at."""
         return self.config.prompt_source
@@ -82,10 +95,28 @@ class RestoringDPIR:
         """The decoder."""
         return self.dpir.decode(latent)
 
+    def holding(self, networks: Mapping[str, nnx.Module]) -> "RestoringDPIR":
+        """The same system with these networks, by their names in the model folder."""
+        dpir = jax.tree.map(lambda leaf: leaf, self.dpir)
+        for name, network in networks.items():
+            setattr(dpir, name, network)
+        return dataclasses.replace(self, dpir=dpir)
+
     # --- prompts -----------------------------------------------------------------------------------------------------
 
-    def scene(self, photo: UInt8[np.ndarray, "H W 3"], prompt: str | None, negative_prompt: str | None) -> Scene:
-        """Views of the global tiles that the visual prompt has room for, and texts."""
+    def degradation(self, pixels: Float[np.ndarray, "h w 3"], prompt: str | None) -> None:
+        """DPIR takes no degradation prompt."""
+        if prompt is not None:
+            raise InputError("this model takes no degradation prompt")
+
+    def scene(
+        self,
+        photo: UInt8[np.ndarray, "H W 3"],
+        prompt: str | Float[np.ndarray, "T D"] | None,
+        negative_prompt: str | Float[np.ndarray, "T D"] | None,
+        degradation_prompt: str | None = None,
+    ) -> Scene:
+        """Views of the global tiles that the visual prompt has room for, and texts (or their `text_tokens`)."""
         config = self.config
         size = config.clip_tokens.image_size
         room = max(config.visual_tokens - (size // config.clip_tokens.patch_size) ** 2 - 1, 0)
@@ -97,12 +128,18 @@ class RestoringDPIR:
             cls[i], embed[i] = (np.asarray(part, np.float32)[0] for part in view)
         return Scene(cls, embed, self._text(prompt), self._text(negative_prompt))
 
-    def _text(self, prompt: str | None) -> Array | None:
-        if prompt is None:
-            return None
+    def text_tokens(self, prompt: str) -> Float[Array, "T D"]:
+        """The tokens of a prompt.
+
+        Raises:
+          InputError: there is no text encoder or no tokenizer.
+        """
         if self.config.t5 is None:
             raise InputError("this model has no text encoder, so it takes no prompt")
-        return _text_tokens(self.dpir, token_ids(prompt, self.tokenizer, self.config.text_tokens))[0]
+        return _text_tokens(self.dpir, token_ids(prompt, self.tokenizer, self.config.t5, self.config.text_tokens))[0]
+
+    def _text(self, prompt: str | np.ndarray | None) -> Array | None:
+        return self.text_tokens(prompt) if isinstance(prompt, str) else prompt
 
     def condition(self, scene: Scene, pixels: Float[Array, "B S S 3"]) -> Prompts:
         """Visual tokens of the tiles with those of the scene, and texts."""
@@ -117,6 +154,10 @@ class RestoringDPIR:
         if scene.negative is not None:
             null = self.dpir.condition(jnp.zeros_like(visual), jnp.zeros_like(pooled), each(scene.negative))
         return Prompts(self.dpir.condition(visual, pooled, each(scene.text)), null)
+
+    def prompts_structure(self, negative: bool) -> jax.tree_util.PyTreeDef:
+        """Of what `condition` returns, with or without a negative prompt."""
+        return jax.tree.structure(Prompts(Condition(0, 0), Condition(0, 0) if negative else None))
 
     # --- the flow ----------------------------------------------------------------------------------------------------
 
@@ -173,27 +214,65 @@ def clip_square(picture: UInt8[np.ndarray, "H W 3"], size: int) -> Float[np.ndar
     return (pixels - np.asarray(MEAN, np.float32)) / np.asarray(DEVIATION, np.float32)
 
 
-def token_ids(prompt: str, tokenizer: str | None, length: int) -> Int[np.ndarray, "1 T"]:
-    """T5 token ids, padded or cut to `length`.
+def token_ids(prompt: str, tokenizer: str | None, config: T5Config, length: int) -> Int[np.ndarray, "1 T"]:
+    """T5 token ids, padded to `length`, or cut and a warning given.
 
     Raises:
-      InputError: the model has no tokenizer.
+      InputError: the model has no tokenizer, or one that cannot be read or is not the text encoder's.
     """
     if tokenizer is None:
         raise InputError("this model's folder has no tokenizer, so it takes no prompt")
-    return _tokenizer(tokenizer)(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="np")[
-        "input_ids"
-    ].astype(np.int32)
+    ids = _tokenizer(tokenizer)(prompt, padding="max_length", max_length=length)["input_ids"]
+    if len(ids) > length:
+        log.warning("the prompt has %d tokens; the first %d are read", len(ids), length)
+        ids = [*ids[: length - 1], ids[-1]]  # the end token stays
+    if max(ids) >= config.vocabulary:
+        raise InputError(f"{tokenizer} is not this model's tokenizer: it knows more than {config.vocabulary} tokens")
+    return np.asarray([ids], np.int32)
 
 
 @functools.cache
 def _tokenizer(folder: str) -> Any:
     from transformers import AutoTokenizer  # heavy, and only for a model with a text encoder
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the tokenizer in {folder} cannot be read: {reason}") from error
 
 
-def load_dpir(folder: Path, config: dict[str, Any], precision: Precision) -> RestoringDPIR:
-    """The system of a model folder whose `config.json` is `config`; `InputError` as for `read_dpir`."""
-    tokenizer = folder / "tokenizer"
-    return RestoringDPIR(read_dpir(folder, config, precision), str(tokenizer) if tokenizer.is_dir() else None)
+def needs(config: DPIRConfig) -> dict[Stage, tuple[str, ...]]:
+    """The networks of every stage."""
+    return {
+        "text": ("t5",) * (config.t5 is not None),
+        "encode": ("robust_encoder",),
+        "look": ("clip_tokens", "clip_embed", *("visual_mlp",) * config.visual_mlp),
+        "sample": ("mmdit",),
+        "decode": ("autoencoder",),
+    }
+
+
+def load_dpir(folder: Path, config: dict[str, Any], precision: Precision, *, text: bool = True) -> Resident:
+    """The system of a model folder whose `config.json` is `config`, for files that were compared with the manifest."""
+    return Resident(RestoringDPIR(read_dpir(folder, config, precision, text=text, check=False), _tokenizer_in(folder)))
+
+
+def stage_dpir(folder: Path, config: dict[str, Any], precision: Precision, *, text: bool = True) -> Staged:
+    """The same with networks that come and go; 16-bit weights stay so, whatever is computed in.
+
+    Each file is compared with the manifest when it is first read.
+    """
+    dpir, checked = abstract_dpir(folder, config, precision, text=text), set()
+
+    def read(name: str) -> nnx.Module:
+        network = getattr(dpir, name)
+        network = model_folder.load_network(folder, name, network, check=name not in checked, as_stored=True)
+        checked.add(name)
+        return network
+
+    return Staged(RestoringDPIR(dpir, _tokenizer_in(folder)), needs(dpir.config), read)
+
+
+def _tokenizer_in(folder: Path) -> str | None:
+    return str(folder / "tokenizer") if (folder / "tokenizer").is_dir() else None

@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 
 from dpir_jax import files, images
+from dpir_jax.captions.caption_files import read_caption
 from dpir_jax.errors import InputError
 from dpir_jax.restore.restorer import Progress, Restorer, Result
 from dpir_jax.restore.settings import Settings
@@ -91,7 +92,7 @@ def run_job(
       restorer: the model.
       items: from `plan_job`.
       out: the folder, made if need be.
-      settings: for all.
+      settings: for all; without a prompt, each photo's own caption (`NAME.txt` beside it) is read.
       compare: also write the enlarged photo and the restored one side by side.
       overwrite: restore what is already there again, too.
       progress: gives a photo's progress function, see `Restorer`.
@@ -99,10 +100,11 @@ def run_job(
     out = Path(out)
     for item in items:
         try:
-            if not overwrite and up_to_date(restorer, item, out, settings, compare):
+            own = captioned(restorer, item, settings)
+            if not overwrite and up_to_date(restorer, item, out, own, compare):
                 yield Outcome(item)
                 continue
-            result = restorer.restore(item.photo, settings, index=item.index, progress=progress(item))
+            result = restorer.restore(item.photo, own, index=item.index, progress=progress(item))
             write(result, item, out, compare)
         except InputError as error:
             yield Outcome(item, error=error)
@@ -111,6 +113,13 @@ def run_job(
             yield Outcome(item, error=InputError(f"{item.photo} failed ({reason}); a smaller tile needs less memory"))
         else:
             yield Outcome(item, result)
+
+
+def captioned(restorer: Restorer, item: Item, settings: Settings) -> Settings:
+    """The settings with the caption beside the photo, where the model reads text and no prompt is given."""
+    if settings.prompt is not None or not restorer.system.reads_text:
+        return settings
+    return dataclasses.replace(settings, prompt=read_caption(item.photo))
 
 
 def up_to_date(restorer: Restorer, item: Item, out: Path, settings: Settings, compare: bool) -> bool:

@@ -4,16 +4,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 import dpir_jax.pretrained
 from dpir_jax import model_folder
+from dpir_jax.diffusion.ddpm import DDPMSchedule
 from dpir_jax.diffusion.schedule import FlowSchedule
 from dpir_jax.errors import InputError
 from dpir_jax.files import sha256
 from dpir_jax.models.precision import Precision
 from dpir_jax.restore.settings import Defaults, Settings
-from dpir_jax.restore.system import System
+from dpir_jax.restore.stages import LOADING, Resident, Stages, memory_bytes
 
 EMBEDDED = Path(dpir_jax.pretrained.__file__).parent
 DEFAULT = "dpir-nano"
@@ -53,27 +55,69 @@ def find_model(name_or_folder: str | Path) -> Path:
 def describe(folder: Path) -> ModelInfo:
     """Name, size, sum and description of a model folder."""
     config = model_folder.read_config(folder)
-    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     name = Path(folder).resolve().name
     return ModelInfo(name, str(folder), sha256(folder / "manifest.json"), size, config.get("description"))
 
 
-def load_system(folder: Path, dtype: str) -> tuple[System, Defaults, FlowSchedule]:
+def load_system(
+    folder: Path, dtype: str, *, loading: str = "auto", text: bool = True
+) -> tuple[Stages, Defaults, FlowSchedule | DDPMSchedule]:
     """The system of a model folder with its own settings.
+
+    Args:
+      folder: the model folder.
+      dtype: of the weights and, but for a CPU, of the products.
+      loading: "never" holds all networks in memory, "always" only those of the stage at hand; "auto": the latter if the
+        weights would fill more than half of the memory.
+      text: False leaves DPIR's text encoder out.
 
     Raises:
       InputError: damaged or unknown content.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype}; it must be one of {', '.join(DTYPES)}")
+    if loading not in LOADING:
+        raise InputError(f"stage_loading is {loading}; it must be one of {', '.join(LOADING)}")
     config = model_folder.read_config(folder)
-    model_folder.verify(folder)
     defaults, schedule = model_settings(folder, config.get("restore", {}))
-    if config.get("system") != "dpir":
-        raise InputError(f"{folder} holds the system {config.get('system')!r}; known is dpir")
-    from dpir_jax.restore.dpir import load_dpir  # the networks are only imported once a model is loaded
+    products = "float32" if jax.default_backend() == "cpu" else dtype  # a CPU has no faster ones
+    precision = Precision(jnp.dtype(dtype), jnp.dtype(products))
+    if config.get("system") == "dpir":
+        from dpir_jax.restore import dpir  # the networks are only imported once a model is loaded
 
-    return load_dpir(folder, config, Precision(jnp.dtype(dtype), jnp.dtype(dtype))), defaults, schedule
+        if loading == "always" or (loading == "auto" and _is_large(folder, dtype, text)):
+            model_folder.verify(folder, *_others(folder))
+            return dpir.stage_dpir(folder, config, precision, text=text), defaults, schedule
+        model_folder.verify(folder, *(n for n in model_folder.listed(folder) if text or n != "t5.safetensors"))
+        return dpir.load_dpir(folder, config, precision, text=text), defaults, schedule
+    if config.get("system") == "dalpsr":
+        from dpir_jax.restore.dalpsr import dalpsr_defaults, load_dalpsr
+
+        if loading == "always" or not text:
+            raise InputError("stage_loading always and text none are for dpir models; this one is dalpsr")
+        model_folder.verify(folder)
+        system = load_dalpsr(folder, config, precision, _irpad_folder(folder, config.get("irpad")))
+        return Resident(system), *dalpsr_defaults(system.config, defaults, schedule)
+    raise InputError(f"{folder} holds the system {config.get('system')!r}; `restore` knows dpir and dalpsr")
+
+
+def _is_large(folder: Path, dtype: str, text: bool) -> bool:
+    networks = [path.stem for path in folder.glob("*.safetensors") if text or path.stem != "t5"]
+    numbers = sum(model_folder.count_numbers(folder, name) for name in networks)
+    return numbers * jnp.dtype(dtype).itemsize > memory_bytes() / 2
+
+
+def _others(folder: Path) -> list[str]:
+    """All files but the networks, which are checked when they are read."""
+    return [name for name in model_folder.listed(folder) if Path(name).suffix != ".safetensors"]
+
+
+def _irpad_folder(folder: Path, named: str | None) -> Path | None:
+    """The IRPAD inside of a model folder, or the one that it names, if any."""
+    if (folder / "irpad" / "config.json").is_file():
+        return folder / "irpad"
+    return None if named is None else find_model(named)
 
 
 def model_settings(folder: Path, values: dict[str, Any]) -> tuple[Defaults, FlowSchedule]:

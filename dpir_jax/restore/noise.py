@@ -9,8 +9,10 @@ from jaxtyping import Array, Float, Float32
 BLOCK = 64  # part of the definition: another value is other noise
 
 
-def canvas_noise(seed: int, index: int, height: int, width: int, channels: int) -> Float32[np.ndarray, "H W C"]:
-    """Standard normal noise for the latent canvas of photo number `index`.
+def canvas_noise(
+    seed: int, index: int, height: int, width: int, channels: int, draw: int = 0
+) -> Float32[np.ndarray, "H W C"]:
+    """Standard normal noise for the latent canvas of photo number `index`; `draw`: 0 for the start, then one per step.
 
     A cell's noise depends on its place, not on the canvas' size, and no size of canvas compiles anything.
     """
@@ -18,13 +20,14 @@ def canvas_noise(seed: int, index: int, height: int, width: int, channels: int) 
     for top in range(0, height, BLOCK):
         for left in range(0, width, BLOCK):
             part = canvas[top : top + BLOCK, left : left + BLOCK]
-            part[...] = np.asarray(_block(seed, index, top, left, channels))[: part.shape[0], : part.shape[1]]
+            numbers = (index, top, left, draw) if draw else (index, top, left)
+            part[...] = np.asarray(_block(channels, seed, *numbers))[: part.shape[0], : part.shape[1]]
     return canvas
 
 
-@functools.partial(jax.jit, static_argnums=4)
-def _block(seed: int, index: int, top: int, left: int, channels: int) -> Float[Array, "B B C"]:
+@functools.partial(jax.jit, static_argnums=0)
+def _block(channels: int, seed: int, *numbers: int) -> Float[Array, "B B C"]:
     key = jax.random.key(seed)
-    for number in (index, top, left):
+    for number in numbers:
         key = jax.random.fold_in(key, number)
     return jax.random.normal(key, (BLOCK, BLOCK, channels))

@@ -5,8 +5,11 @@ neither the photo's size nor steps, guidance, seed or fidelity compile anything 
 canvases: the latents of z, of its velocity and of the low-quality photo, and the pixels.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -17,7 +20,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, UInt8
 from PIL import Image
 
-from dpir_jax.diffusion.guidance import restoration_pull
+from dpir_jax.diffusion import ddpm
+from dpir_jax.diffusion.ddpm import DDPMSchedule
+from dpir_jax.diffusion.guidance import clean_pull, restoration_pull
 from dpir_jax.diffusion.samplers import euler
 from dpir_jax.diffusion.schedule import FlowSchedule
 from dpir_jax.errors import InputError
@@ -26,15 +31,18 @@ from dpir_jax.images import Photo, to_float, to_uint8, write_png
 from dpir_jax.restore import color, compilation_cache, record
 from dpir_jax.restore.models import ModelInfo, describe, find_model, load_system
 from dpir_jax.restore.noise import canvas_noise
+from dpir_jax.restore.prompt_cache import PromptCache
 from dpir_jax.restore.settings import Defaults, Settings
 from dpir_jax.restore.sources import PhotoLike, as_photo
+from dpir_jax.restore.stages import Resident, Stage, Staged, Stages
 from dpir_jax.restore.system import Frozen, System
 from dpir_jax.restore.tile_store import TileStore
-from dpir_jax.restore.tiling import TilePlan, blend_tiles, tiled_euler
+from dpir_jax.restore.tiling import TilePlan, blend_tiles, tiled_ddpm, tiled_euler
 
 OVERLAP = 4  # tiles overlap by at least a fourth of their side
 
 Progress = Callable[[str, int, int], None]  # stage, tiles done, tiles in all
+Prompts = Callable[[list[int]], tuple[Any, Any]]  # numbers of tiles -> their conditions and their controls
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +140,45 @@ def _sample(
     return euler(velocity, z, sigmas, steps)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _table(schedule: DDPMSchedule, sampler: str, steps: int) -> ddpm.Table:
+    return schedule.table(sampler, steps)
+
+
+def _clean(
+    schedule: DDPMSchedule,
+    frozen: Frozen,
+    z: Array,
+    row: ddpm.Table,
+    lq_latent: Array,
+    prompts: tuple[Any, Any],
+    guidance: Array,
+    fidelity: Array,
+) -> Float[Array, "G T T C"]:
+    system = frozen.thaw()
+    output = system.predict(z, jnp.broadcast_to(row.timestep, z.shape[:1]), *prompts, guidance).astype(jnp.float32)
+    return clean_pull(schedule.x0(output, z, row.alpha, row.sigma), row.sigma, system.anchor(lq_latent), fidelity)
+
+
+_estimate = functools.partial(jax.jit, static_argnums=0)(_clean)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _walk(
+    schedule: DDPMSchedule,
+    frozen: Frozen,
+    z: Array,
+    table: ddpm.Table,
+    steps: Array,
+    noise: Array | None,
+    *conditions: Any,
+) -> Float[Array, "1 T T C"]:
+    def estimate(z: Array, row: ddpm.Table) -> Array:
+        return _clean(schedule, frozen, z, row, *conditions)
+
+    return ddpm.walk(estimate, z, table, steps, None if noise is None else lambda number: noise[number])
+
+
 # --- the restorer ----------------------------------------------------------------------------------------------------
 
 
@@ -142,30 +189,35 @@ class Restorer:
       system: see `restore.system.System`.
       model: where it comes from, for the record.
       defaults: the model's own settings.
-      schedule: the sampling levels.
+      schedule: the sampling levels, of a flow or of DDPM.
       group: tiles per call; None: 1 on a CPU, 4 elsewhere.
       tile: side of a tile in pixels of the output; None: the system's.
+      dtype: of the weights, for the record.
+      prompt_cache: folder for encoded prompts; None: they are forgotten with the restorer.
     """
 
     def __init__(
         self,
-        system: System,
+        system: System | Stages,
         *,
         model: ModelInfo = ModelInfo("unnamed"),  # noqa: B008 -- frozen
         defaults: Defaults = Defaults(),  # noqa: B008
-        schedule: FlowSchedule = FlowSchedule(),  # noqa: B008
+        schedule: FlowSchedule | DDPMSchedule = FlowSchedule(),  # noqa: B008
         group: int | None = None,
         tile: int | None = None,
         dtype: str = "float32",
+        prompt_cache: str | Path | None = None,
     ) -> None:
-        self.system = system
-        self.frozen = Frozen.of(system)
+        self.stages = system if isinstance(system, Resident | Staged) else Resident(system)
+        self.system = self.stages.system
         self.model = model
         self.defaults = defaults
         self.schedule = schedule
         self.group = group or (1 if jax.default_backend() == "cpu" else 4)
         self.tile = tile
         self.dtype = dtype
+        maker = {"model": model.sha256, "dtype": dtype, "version": record.versions()["dpir_jax"]}
+        self.prompts = PromptCache(maker, None if prompt_cache is None else Path(prompt_cache))
         self.tile_cells(tile)
 
     def tile_cells(self, pixels: int | None) -> int:
@@ -221,12 +273,16 @@ class Restorer:
         """Restores photo number `index`; see `__call__`."""
         watch = record.Stopwatch()
         settings = settings.resolved(self.defaults)
+        self._check_sampler(settings.sampler)
         tile = self.tile_cells(settings.tile)
         with watch.stage("read"):
             photo = as_photo(source)
             size = settings.output_size(*photo.pixels.shape[:2], str(photo.path))
             before = enlarge(photo.pixels, size)
-        job = _Job(self, settings, tile, index, before, watch, progress or (lambda stage, done, total: None))
+        with watch.stage("prompts"):
+            degradation = self.system.degradation(photo.pixels, settings.degradation_prompt)
+        report = progress or (lambda stage, done, total: None)
+        job = _Job(self, settings, tile, index, before, degradation, watch, report)
         content = job.run()
         with watch.stage("color"):
             pixels = np.empty_like(before)
@@ -235,7 +291,7 @@ class Restorer:
                     raise InputError(f"{self.model.name} made no numbers of {photo.path}; try dtype float32")
                 pixels[rows] = to_uint8(values)
             alpha = None if photo.alpha is None else to_float(enlarge(photo.alpha, size))
-        run = self._record(source, photo, size, settings, index, job.plan, watch)
+        run = self._record(source, photo, size, settings, index, job, watch)
         return Result(pixels, before, run, alpha, photo.exif, photo.icc_profile)
 
     def identity(self, settings: Settings, index: int) -> dict[str, Any]:
@@ -249,6 +305,11 @@ class Restorer:
             "versions": record.versions(),
         }
 
+    def _check_sampler(self, sampler: str) -> None:
+        known = tuple(ddpm.SAMPLERS) if isinstance(self.schedule, DDPMSchedule) else ("euler",)
+        if sampler not in known:
+            raise InputError(f"sampler is {sampler}; this model has {', '.join(known)}")
+
     def _record(
         self,
         source: PhotoLike,
@@ -256,17 +317,18 @@ class Restorer:
         size: tuple[int, int],
         settings: Settings,
         index: int,
-        plan: TilePlan,
+        job: "_Job",
         watch: record.Stopwatch,
     ) -> dict[str, Any]:
         height, width = photo.pixels.shape[:2]
         is_file = isinstance(source, str | Path)
-        pixels = plan.scaled(self.system.latent_factor)
+        pixels = job.pixel_plan
         return {
             "photo": {"width": width, "height": height}
             | ({"path": str(source), "sha256": sha256(source)} if is_file else {}),
             "output": {"width": size[1], "height": size[0]},
             **self.identity(settings, index),
+            **({} if job.degradation is None else {"degradation_prompt": job.degradation}),
             "tiles": {
                 "side": pixels.tile,
                 "rows": list(pixels.rows),
@@ -301,12 +363,14 @@ class _Job:
         tile: int,
         index: int,
         before: UInt8[np.ndarray, "H W 3"],
+        degradation: str | None,
         watch: record.Stopwatch,
         progress: Progress,
     ) -> None:
         self.system, self.group, self.watch, self.progress = restorer.system, restorer.group, watch, progress
-        self.frozen, self.settings, self.index = restorer.frozen, settings, index
-        self.sigmas = np.asarray(restorer.schedule.sampling_table(settings.steps))
+        self.stages, self.cache = restorer.stages, restorer.prompts
+        self.settings, self.index, self.degradation = settings, index, degradation
+        self.schedule = restorer.schedule
         self.shape = before.shape
         factor = self.system.latent_factor
         height, width = (max(tile, -(-side // factor)) for side in before.shape[:2])
@@ -319,20 +383,32 @@ class _Job:
 
     def run(self) -> Float32[np.ndarray, "H W 3"]:
         """Encode, prompt, sample, decode; pixels in about [0, 1], not clipped."""
-        with self.watch.stage("encode"):
-            lq_latent = self.over_tiles("encode", lambda n: _encode(self.frozen, self.pixels(n)), self.plan)
-        with TileStore() as prompts:
-            with self.watch.stage("prompts"):
-                self.look(prompts, lq_latent)
-            with self.watch.stage("sample"):
-                z0 = self.sample(prompts, lq_latent)
-        with self.watch.stage("decode"):
+        with self.stage("encode"):
+            lq_latent = self.over_tiles("encode", lambda n: _encode(self.frozen("encode"), self.pixels(n)), self.plan)
+        with TileStore() as prompts, TileStore() as controls:
+            self.look(prompts, lq_latent)
+            with self.stage("sample"):
+                self.steer(controls, lq_latent)
+                z0 = self.sample(lambda numbers: (prompts.stacked(numbers), controls.stacked(numbers)), lq_latent)
+        with self.stage("decode"):
 
             def decode(numbers: list[int]) -> Array:
-                return _finish(self.frozen, self.plan.crop(z0, numbers), self.plan.crop(lq_latent, numbers))
+                return _finish(self.frozen("decode"), self.plan.crop(z0, numbers), self.plan.crop(lq_latent, numbers))
 
             content = self.over_tiles("decode", decode, self.pixel_plan)
         return content[: self.shape[0], : self.shape[1]]
+
+    def frozen(self, stage: Stage) -> Frozen:
+        """The system for a stage; not to be kept, or its networks stay in memory."""
+        return self.stages.frozen(stage)
+
+    @contextlib.contextmanager
+    def stage(self, stage: Stage) -> Iterator[None]:
+        """Brings the networks of a stage into memory and times both, apart."""
+        with self.watch.stage("load"):
+            self.frozen(stage)
+        with self.watch.stage({"text": "prompts", "look": "prompts"}.get(stage, stage)):
+            yield
 
     def pixels(self, numbers: list[int]) -> Float32[np.ndarray, "G S S 3"]:
         return to_float(self.pixel_plan.crop(self.photo, numbers))
@@ -346,55 +422,130 @@ class _Job:
         self.progress(stage, self.done, self.total)
 
     def look(self, prompts: TileStore, lq_latent: np.ndarray) -> None:
-        """Computes prompts and control, which no step changes, of every tile."""
+        """Computes the prompts of every tile, which no step changes, or takes them from the cache."""
         photo, restored = self.photo, self.system.prompt_source == "restored"
 
         def decode(numbers: list[int]) -> Array:
-            return _decode(self.frozen, self.plan.crop(lq_latent, numbers))
+            return _decode(self.frozen("decode"), self.plan.crop(lq_latent, numbers))
 
         if restored:
-            photo = to_uint8(self.over_tiles("prompts", decode, self.pixel_plan))
+            with self.stage("decode"):
+                photo = to_uint8(self.over_tiles("prompts", decode, self.pixel_plan))
             self.done -= len(self.plan)
-        scene = self.system.scene(
-            photo[: self.shape[0], : self.shape[1]], self.settings.prompt, self.settings.negative_prompt
-        )
+        keys, structure = self.cached_tiles(photo)
+        if keys and (known := [self.cache.read(key) for key in keys]) and None not in known:
+            for entry in known:
+                prompts.append(jax.tree.unflatten(structure, entry))
+            self.advance("prompts", len(self.plan))
+            return
+        texts = [self.text(prompt) for prompt in (self.settings.prompt, self.settings.negative_prompt)]
+        with self.stage("look"):
+            whole = photo[: self.shape[0], : self.shape[1]]
+            scene = self.frozen("look").thaw().scene(whole, *texts, self.degradation)
+            for numbers in self.plan.groups(self.group):
+                seen = to_float(self.pixel_plan.crop(photo, numbers))
+                found = jax.tree.map(np.asarray, _condition(self.frozen("look"), scene, seen))
+                for row, number in enumerate(dict.fromkeys(numbers)):
+                    tile = jax.tree.map(lambda leaf, row=row: leaf[row], found)
+                    prompts.append(tile)
+                    if keys:
+                        self.cache.write(keys[number], jax.tree.leaves(tile))
+                self.advance("prompts", len(set(numbers)))
+
+    def cached_tiles(self, photo: UInt8[np.ndarray, "H W 3"]) -> tuple[list[str], Any]:
+        """The names of the tiles' prompts in the cache and their structure; none where they are not kept."""
+        structure = getattr(self.system, "prompts_structure", None)
+        if structure is None or not self.cache.on_disk:
+            return [], None
+        texts = self.settings.prompt, self.settings.negative_prompt
+        parts = {"photo": hashlib.sha256(photo.tobytes()).hexdigest(), "size": self.shape, "texts": texts}
+        keys = [self.cache.key(kind="tile", window=window, **parts) for window in self.pixel_plan.windows]
+        return keys, structure(texts[1] is not None)
+
+    def text(self, prompt: str | None) -> Any:
+        """The prompt, as tokens where the system encodes it on its own."""
+        if prompt is None or not hasattr(self.system, "text_tokens"):
+            return prompt
+
+        def encode() -> np.ndarray:
+            with self.stage("text"):
+                return np.asarray(self.frozen("text").thaw().text_tokens(prompt))
+
+        return self.cache.text(prompt, encode)
+
+    def steer(self, controls: TileStore, lq_latent: np.ndarray) -> None:
+        """Computes the control of every tile, which no step changes either."""
         for numbers in self.plan.groups(self.group):
-            seen = decode(numbers) if restored else self.pixels(numbers)
-            both = _condition(self.frozen, scene, seen), _control(self.frozen, self.plan.crop(lq_latent, numbers))
-            both = jax.tree.map(np.asarray, both)
-            distinct = len(set(numbers))
-            for row in range(distinct):
-                prompts.append(jax.tree.map(lambda leaf, row=row: leaf[row], both))
-            self.advance("prompts", distinct)
+            found = jax.tree.map(np.asarray, _control(self.frozen("sample"), self.plan.crop(lq_latent, numbers)))
+            for row in range(len(set(numbers))):
+                controls.append(jax.tree.map(lambda leaf, row=row: leaf[row], found))
 
     def start(self, lq_latent: np.ndarray) -> Float32[np.ndarray, "h w C"]:
         """z at sigma 1, on the canvas."""
         noise = canvas_noise(self.settings.seed, self.index, self.plan.height, self.plan.width, self.system.channels)
 
         def start(numbers: list[int]) -> Array:
-            return _start(self.frozen, self.plan.crop(noise, numbers), self.plan.crop(lq_latent, numbers))
+            return _start(self.frozen("sample"), self.plan.crop(noise, numbers), self.plan.crop(lq_latent, numbers))
 
         return blend_tiles(start, self.plan, self.system.channels, group=self.group)
 
-    def sample(self, prompts: TileStore, lq_latent: np.ndarray) -> Float32[np.ndarray, "h w C"]:
+    def sample(self, prompts: Prompts, lq_latent: np.ndarray) -> Float32[np.ndarray, "h w C"]:
         """Noise to z_0: in one program if one tile holds the photo, else step by step on the canvas."""
+        if isinstance(self.schedule, DDPMSchedule):
+            return self.sample_ddpm(prompts, lq_latent)
         steps, guidance = self.settings.steps, np.float32(self.settings.guidance)
         fidelity = np.float32(self.settings.fidelity)
+        sigmas = np.asarray(self.schedule.sampling_table(steps))
         if len(self.plan) == 1:
-            z, lq, both = self.start(lq_latent)[None], lq_latent[None], prompts.stacked([0])
-            z0 = np.asarray(_sample(self.frozen, z, self.sigmas, steps, lq, both, guidance, fidelity))[0]
+            z, lq, both = self.start(lq_latent)[None], lq_latent[None], prompts([0])
+            z0 = np.asarray(_sample(self.frozen("sample"), z, sigmas, steps, lq, both, guidance, fidelity))[0]
             self.advance("sample", steps)
             return z0
 
         def velocity(tiles: np.ndarray, k: int, numbers: list[int]) -> Array:
-            lq, both = self.plan.crop(lq_latent, numbers), prompts.stacked(numbers)
-            return _velocity(self.frozen, tiles, self.sigmas[k], lq, both, guidance, fidelity)
+            lq, both = self.plan.crop(lq_latent, numbers), prompts(numbers)
+            return _velocity(self.frozen("sample"), tiles, sigmas[k], lq, both, guidance, fidelity)
 
         return tiled_euler(
             velocity,
             self.start(lq_latent),  # named by nobody, so that it goes when the first step is done
-            self.sigmas[: steps + 1],
+            sigmas[: steps + 1],
             self.plan,
+            group=self.group,
+            progress=lambda tiles: self.advance("sample", tiles),
+        )
+
+    def sample_ddpm(self, prompts: Prompts, lq_latent: np.ndarray) -> Float32[np.ndarray, "h w C"]:
+        """The same along DDPM's path, with the sampler that the settings name."""
+        settings, shape = self.settings, (self.plan.height, self.plan.width, self.system.channels)
+        table = jax.tree.map(np.asarray, _table(self.schedule, settings.sampler, settings.steps))
+        strengths = np.float32(settings.guidance), np.float32(settings.fidelity)
+
+        def noise(k: int) -> np.ndarray | float:
+            return canvas_noise(settings.seed, self.index, *shape, draw=k + 1) if table.noise[k] else 0.0
+
+        if len(self.plan) == 1:
+            noises = None
+            if table.noise[: settings.steps].any():
+                noises = np.zeros((len(table.noise), 1, *shape), np.float32)
+                for k in range(settings.steps):
+                    noises[k] = noise(k)
+            z, conditions = self.start(lq_latent)[None], (lq_latent[None], prompts([0]), *strengths)
+            frozen = self.frozen("sample")
+            z0 = np.asarray(_walk(self.schedule, frozen, z, table, settings.steps, noises, *conditions))[0]
+            self.advance("sample", settings.steps)
+            return z0
+
+        def estimate(tiles: np.ndarray, row: ddpm.Table, numbers: list[int]) -> Array:
+            conditions = self.plan.crop(lq_latent, numbers), prompts(numbers), *strengths
+            return _estimate(self.schedule, self.frozen("sample"), tiles, row, *conditions)
+
+        return tiled_ddpm(
+            estimate,
+            self.start(lq_latent),
+            jax.tree.map(lambda column: column[: settings.steps], table),
+            self.plan,
+            noise,
             group=self.group,
             progress=lambda tiles: self.advance("sample", tiles),
         )
@@ -403,20 +554,35 @@ class _Job:
 # --- loading ---------------------------------------------------------------------------------------------------------
 
 
-def load(name_or_folder: str | Path, *, dtype: DTypeLike | None = None, tile: int | None = None) -> Restorer:
+def load(
+    name_or_folder: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    tile: int | None = None,
+    stage_loading: str = "auto",
+    text: bool = True,
+    prompt_cache: str | Path | None = None,
+) -> Restorer:
     """Loads a model and switches the compilation cache on disk on.
 
     Args:
       name_or_folder: an embedded model (`dpir models` lists them) or a model folder.
-      dtype: "float32" or "bfloat16" for weights and products; None: float32 on a CPU, else bfloat16.
+      dtype: "float32" or "bfloat16", of the weights and, but for a CPU, the products; None: float32 on a CPU, else
+        bfloat16.
       tile: side of a tile in pixels of the output; None: the model's.
+      stage_loading: "always" has only the networks of the stage at hand in memory, "never" all of them; "auto": the
+        former for a model that would fill more than half of the memory.
+      text: False leaves the text encoder out; no prompts then.
+      prompt_cache: folder for encoded prompts, which are found again by model, text and photo.
 
     Raises:
-      InputError: no such model, damaged files, a dtype or tile that it cannot have.
+      InputError: no such model, damaged files, a setting that it cannot have.
     """
     compilation_cache.enable()
     folder = find_model(name_or_folder)
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype or default).name
-    system, defaults, schedule = load_system(folder, name)
-    return Restorer(system, model=describe(folder), defaults=defaults, schedule=schedule, tile=tile, dtype=name)
+    stages, defaults, schedule = load_system(folder, name, loading=stage_loading, text=text)
+    model = describe(folder)
+    settings = {"defaults": defaults, "schedule": schedule, "tile": tile, "dtype": name}
+    return Restorer(stages, model=model, prompt_cache=prompt_cache, **settings)

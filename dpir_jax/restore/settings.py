@@ -20,6 +20,7 @@ class Defaults:
     steps: int = 28
     guidance: float = 1.0
     color: Method = "wavelet"
+    sampler: str = "euler"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,11 @@ class Settings:
       long_side: the output's longer side in pixels, instead of `scale`.
       steps: sampling steps; None: the model's default.
       guidance: classifier-free guidance, 1 is none; None: the model's default.
+      sampler: one that the model has; None: the model's default.
       seed: of the noise.
       prompt, negative_prompt: words for what is to be seen and what is not, for models with a text encoder.
+      degradation_prompt: words for how the photo is degraded, for models that take them; None: what the model reads
+        off the photo.
       fidelity: 0 restores freely, 1 holds on to the low-quality photo most (restoration guidance).
       tile: side of a tile in pixels of the output; None: the model's.
       color: colour correction; None: the model's default.
@@ -43,9 +47,11 @@ class Settings:
     long_side: int | None = None
     steps: int | None = None
     guidance: float | None = None
+    sampler: str | None = None
     seed: int = 0
     prompt: str | None = None
     negative_prompt: str | None = None
+    degradation_prompt: str | None = None
     fidelity: float = 0.0
     tile: int | None = None
     color: Method | None = None

@@ -3,9 +3,9 @@
 A system is a pytree (its weights are arguments of what is compiled, never constants inside it) and goes through these
 stages. T is the side of a tile in latent cells, f pixels per cell, S = f T, B tiles at a time:
 
-    once per photo    scene(photo, prompt, negative_prompt)            what all tiles share
+    once per photo    degradation(photo, prompt);  scene(photo, ...)   what all tiles share
     once per tile     encode -> lq_latent;  condition(scene, pixels);  control(lq_latent)
-    per step          velocity(z, sigma, condition, control, guidance)
+    per step          velocity(z, sigma, condition, control, guidance) along a flow, predict(...) on DDPM's path
     once per tile     decode(finish(z_0, lq_latent))
 """
 
@@ -14,8 +14,12 @@ import functools
 from typing import Any, Literal, Protocol, Self
 
 import jax
-from jaxtyping import Array, Float, UInt8
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
 from numpy import ndarray
+
+from dpir_jax.models.layers import pack, unpack
 
 
 class System(Protocol):
@@ -38,6 +42,10 @@ class System(Protocol):
         """C: latent channels."""
 
     @property
+    def reads_text(self) -> bool:
+        """Whether it takes a prompt."""
+
+    @property
     def prompt_source(self) -> Literal["lq", "restored"]:
         """Whether prompts look at the low-quality photo itself or at decode(encode(photo))."""
 
@@ -47,7 +55,22 @@ class System(Protocol):
     def decode(self, latent: Float[Array, "B T T C"]) -> Float[Array, "B S S 3"]:
         """Latents to pixels in about [0, 1]; not clipped."""
 
-    def scene(self, photo: UInt8[ndarray, "H W 3"], prompt: str | None, negative_prompt: str | None) -> Any:
+    def degradation(self, pixels: Float[ndarray, "h w 3"], prompt: str | None) -> str | None:
+        """The degradation prompt of a photo as it came, in [0, 1]: the given one, or what the system reads off it.
+
+        None for a system that takes none.
+
+        Raises:
+          InputError: one is given to such a system.
+        """
+
+    def scene(
+        self,
+        photo: UInt8[ndarray, "H W 3"],
+        prompt: str | None,
+        negative_prompt: str | None,
+        degradation_prompt: str | None = None,
+    ) -> Any:
         """What the tiles of a photo share (global views, text). Any size of photo, one shape of result.
 
         Raises:
@@ -76,6 +99,16 @@ class System(Protocol):
     ) -> Float[Array, "B T T C"]:
         """dz / dsigma, classifier-free guidance included."""
 
+    def predict(
+        self,
+        z: Float[Array, "B T T C"],
+        timestep: Int[Array, "B"],
+        condition: Any,
+        control: Any,
+        guidance: Float[Array, ""],
+    ) -> Float[Array, "B T T C"]:
+        """What the network predicts on DDPM's path (noise or velocity, as the schedule says), guidance included."""
+
     def finish(self, z0: Float[Array, "B T T C"], lq_latent: Float[Array, "B T T C"]) -> Float[Array, "B T T C"]:
         """The latent of a z at sigma 0, cell by cell."""
 
@@ -93,17 +126,39 @@ _structure = functools.cache(_Structure)
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["leaves"], meta_fields=["structure"])
 @dataclasses.dataclass(frozen=True)
 class Frozen:
-    """A system flattened once, as the argument of what is compiled."""
+    """A system flattened once, as the argument of what is compiled.
 
-    leaves: list[Array]
+    Where the system has shapes instead of weights the leaf is None: what needs it must not be asked for. On a CPU
+    bfloat16 is held as its bits, see `layers.pack`.
+    """
+
+    leaves: list[Array | None]
     structure: _Structure
 
     @classmethod
     def of(cls, system: System) -> Self:
         """Flattens `system`; equal systems share what is compiled."""
         leaves, tree = jax.tree.flatten(system)
-        return cls(leaves, _structure(tree))
+        return cls([_held(leaf) for leaf in leaves], _structure(tree))
 
     def thaw(self) -> System:
         """The system again, inside of what is compiled."""
-        return jax.tree.unflatten(self.structure.tree, self.leaves)
+        system = jax.tree.unflatten(self.structure.tree, self.leaves)
+        if not any(leaf is not None and leaf.dtype == jnp.uint16 for leaf in self.leaves):
+            return system
+        return jax.tree.map(_unpacked, system, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def _held(leaf: Array | jax.ShapeDtypeStruct) -> Array | None:
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return None
+    return pack(leaf) if jax.default_backend() == "cpu" else leaf
+
+
+def _unpacked(node: Any) -> Any:
+    """All but stacked weights, which `scan_blocks` unpacks layer by layer."""
+    if not isinstance(node, nnx.Variable) or node.get_value() is None:
+        return node
+    axes = node.get_metadata().get("axes")
+    stacked = axes is not None and node.get_value().ndim > len(axes)
+    return node if stacked else node.replace(unpack(node.get_value()))

@@ -22,10 +22,12 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Float, Float32, Float64, Num
 from numpy.typing import ArrayLike
 
+from dpir_jax.diffusion.ddpm import State, Table, follow
 from dpir_jax.errors import InputError
 
 Window = tuple[int, int, int, int]  # top, bottom, left, right
@@ -226,6 +228,43 @@ def tiled_euler(
         del rolled, v, compute
         z = np.roll(z, (-shift, -shift), (0, 1)) if shift else z
     return z
+
+
+def tiled_ddpm(
+    estimate: Callable[[Float[np.ndarray, "G T T C"], Table, list[int]], ArrayLike],
+    z: Float32[np.ndarray, "H W C"],
+    table: Table,
+    plan: TilePlan,
+    noise: Callable[[int], Float32[np.ndarray, "H W C"] | float] = lambda step: 0.0,
+    *,
+    group: int = 1,
+    progress: Callable[[int], None] = lambda tiles: None,
+) -> Float32[np.ndarray, "H W C"]:
+    """DDPM's samplers on a canvas: per step, clean latents of all tiles, blended, then one step of the whole canvas.
+
+    Blending the clean latents is blending the predictions, from which they follow linearly (SeeSR's way).
+
+    Args:
+      estimate: (tiles of the canvas, row of the table, numbers of the tiles) -> clean latents of the tiles.
+      z: the canvas at the first level.
+      table: as many rows as there are steps.
+      plan: the windows.
+      noise: number of the step -> standard normal noise for the canvas.
+      group: tiles at a time.
+      progress: called with the number of tiles just finished.
+    """
+    state = State.start(z)
+    for k in range(len(table.number)):
+        row = jax.tree.map(lambda column, k=k: column[k], table)
+
+        def blended(z: np.ndarray, row: Table = row) -> np.ndarray:
+            def compute(numbers: list[int]) -> ArrayLike:
+                return estimate(plan.crop(z, numbers), row, numbers)
+
+            return blend_tiles(compute, plan, z.shape[-1], group=group, progress=progress)
+
+        state = follow(state, blended, row, noise(k))
+    return state.z
 
 
 def published_shift(draw: float, tile: int) -> int:

@@ -198,6 +198,16 @@ class DPIR(nnx.Module):
         """Scaled latent of a bad picture in [0, 1] at the target size, by E_dr."""
         return self._scaled(*self.robust_encoder(2 * image - 1), key)
 
+    def encode_pair(
+        self, lq: Float[Array, "B H W 3"], hq: Float[Array, "B H W 3"], key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
+        """`encode_lq(lq)` and `encode_hq(hq, key)`. Two encoders of one kind run as a loop, and are compiled once."""
+        if not isinstance(self.config.autoencoder, AutoencoderConfig):
+            return self.encode_lq(lq), self.encode_hq(hq, key)
+        both = jax.tree.map(lambda *weights: jnp.stack(weights), self.robust_encoder, self.autoencoder.encoder)
+        means, logvars = jax.lax.map(lambda pair: pair[0](2 * pair[1] - 1), (both, jnp.stack([lq, hq])))
+        return self._scaled(means[0], logvars[0], None), self._scaled(means[1], logvars[1], key)
+
     def _scaled(self, mean: jax.Array, logvar: jax.Array, key: jax.Array | None) -> jax.Array:
         latent = mean if key is None else mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape, mean.dtype)
         return (latent - self.config.autoencoder.shift_factor) * self.config.autoencoder.scaling_factor

@@ -7,6 +7,7 @@
 A model with a text encoder keeps its tokenizer in the folder `tokenizer` (Hugging Face format).
 """
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -55,18 +56,40 @@ def save_dpir(
     return model_folder.save_networks(folder, config, dpir.networks(), dtype)
 
 
-def read_dpir(folder: Path, config: Mapping[str, Any], precision: Precision = FLOAT32) -> DPIR:
-    """Reads every network of the system, checked against the manifest; `config`: the folder's `config.json`.
+def read_dpir(
+    folder: Path, config: Mapping[str, Any], precision: Precision = FLOAT32, *, text: bool = True, check: bool = True
+) -> DPIR:
+    """Reads every network of the system; arguments as for `abstract_dpir`. `check`: compare files with the manifest.
 
     Raises:
       InputError: a file is missing, damaged or does not fit.
     """
+    dpir = abstract_dpir(folder, config, precision, text=text)
+    for name, network in dpir.networks().items():
+        setattr(dpir, name, model_folder.load_network(folder, name, network, check=check))
+    return dpir
+
+
+def abstract_dpir(
+    folder: Path, config: Mapping[str, Any], precision: Precision = FLOAT32, *, text: bool = True
+) -> DPIR:
+    """The system with shapes in the place of its networks' weights.
+
+    Args:
+      folder: the model folder.
+      config: its `config.json`.
+      precision: of the networks.
+      text: False leaves the text encoder out.
+
+    Raises:
+      InputError: the config is not that of a DPIR.
+    """
     settings = from_json(config.get("config"), CONFIGS)
     if not isinstance(settings, DPIRConfig):
         raise InputError(f"{folder / 'config.json'} holds no DPIRConfig under 'config'")
+    if not text:
+        settings = dataclasses.replace(settings, t5=None)
     dpir = nnx.eval_shape(lambda: DPIR(settings, rngs=nnx.Rngs(0), precision=precision))
-    for name, network in dpir.networks().items():
-        setattr(dpir, name, model_folder.load_network(folder, name, network))
     scale = np.asarray(config.get("residual_scale", [1.0] * settings.mmdit.in_channels), np.float32)
     if scale.shape != (settings.mmdit.in_channels,):
         raise InputError(f"residual_scale in {folder / 'config.json'} must have {settings.mmdit.in_channels} numbers")

@@ -11,10 +11,14 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from dpir_jax.errors import InputError
+from dpir_jax.parallel.processes import LostProcess
 from dpir_jax.training.config import Recipe
 from dpir_jax.training.state import TrainState, fingerprint
 
-FREE = ("checkpoint_every", "keep", "preview_every", "log_every", "time_limit_minutes", "mesh", "validation")
+FREE = (
+    *("checkpoint_every", "keep", "preview_every", "log_every", "profile_at", "time_limit_minutes", "validation"),
+    *("mesh", "sharding", "frozen_sharding", "remat"),
+)
 FREE_DATA = ("workers", "threads", "prefetch", "cache_mb")  # these and the settings above do not change the result
 SAVED = (
     "step",
@@ -47,6 +51,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        if isinstance(error, LostProcess):
+            return  # the processes write together: an unfinished checkpoint will never be whole
         with self._writable():
             self._checkpointer.close()
 
@@ -79,7 +85,8 @@ class Checkpoints:
             self._checkpointer.wait()
 
     def restore(self, state: TrainState, recipe: Recipe) -> tuple[TrainState, Any]:
-        """The newest state, placed like `state` (whose frozen arrays it keeps), and the data position.
+        """The newest state, placed like `state`, and the data position. Of `state` only the frozen arrays live on: the
+        others are freed first, because devices that hold one state need not hold two.
 
         Raises:
           InputError: the checkpoint is of another recipe, network or frozen weights, or is damaged.
@@ -93,6 +100,8 @@ class Checkpoints:
             )
         leaves = _flat(state)
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in leaves.items()}
+        for leaf in leaves.values():
+            leaf.delete()
         with self._readable():
             values = self._checkpointer.load_checkpointables(self.latest, {"state": abstract})["state"]
         tree = {name: getattr(state, name) for name in SAVED}
@@ -128,6 +137,7 @@ class Checkpoints:
     def _check_recipe(self, old: dict[str, Any], new: dict[str, Any]) -> None:
         """The settings may differ that change no step done so far: `FREE`, `FREE_DATA`, and while the learning rate has
         not begun to fall in either recipe, where it does and the run ends."""
+        old = Recipe.from_json(old).to_json()  # settings that are newer than the checkpoint have their defaults
         old_train, new_train = Recipe.from_json(old).train, Recipe.from_json(new).train
         done = self.latest
         same_so_far = done <= min(old_train.decay_start, new_train.decay_start)

@@ -6,7 +6,8 @@ A recipe is a file with `get_config(stage=...) -> ConfigDict`. Its top-level fie
     task        the sub-config for it
     data        sub-config: the fields of `dpir_jax.data.pipeline.DataConfig` (batch and seed come from the top level)
     validation  optional; as `data`, its first batch is what the preview sheet shows
-    data_type   optional; "module:function" that makes other batches: `function(batch=..., seed=..., **fields)`
+    data_type   optional; "module:function" that makes other batches: `function(batch=..., seed=..., **fields)`; with
+                several processes also `process_index` and `process_count`: the batches are this process's part then
 """
 
 import ast
@@ -21,26 +22,39 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
 from dpir_jax.data.pipeline import DataConfig, make_dataset
 from dpir_jax.errors import InputError
+from dpir_jax.models.layers import REMAT
 from dpir_jax.parallel.mesh import MeshConfig
+from dpir_jax.parallel.sharding import PRESETS
 
 SUB_CONFIGS = ("task", "data", "validation")
 TYPES = ("task_type", "data_type")
+CHOICES = {
+    "optimizer": ("adamw", "adafactor", "muon"),
+    "schedule": ("constant", "cosine"),
+    "remat": tuple(REMAT),
+    "frozen_dtype": ("float32", "bfloat16"),
+    "frozen_sharding": ("sharded", "replicated"),
+    "sharding": (*PRESETS, "auto"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How to train. Steps are optimizer steps; `batch` is the global number of samples of one."""
+    """How to train. Steps are optimizer steps; `batch` is the global number of samples of one.
+
+    What is cut, and over which devices, is `sharding` and `mesh` (docs/sharding.md); neither changes a result.
+    """
 
     steps: int
     batch: int
     learning_rate: float
     seed: int = 0
     warmup_steps: int = 0
+    optimizer: str = "adamw"  # or "adafactor", "muon"; see `state.optimizer`
     schedule: str = "constant"  # or "cosine"
     decay_steps: int = 0  # length of the cosine at the end; 0: everything after the warm-up
     end_lr: float = 0.0  # where the cosine ends
@@ -55,20 +69,30 @@ class TrainConfig:
     keep: int = 2  # checkpoints
     preview_every: int = 1000  # 0: never
     log_every: int = 50
+    profile_at: int = 0  # trace three steps from this one on into WORKDIR/profile; 0: never
     time_limit_minutes: float | None = None  # save and stop after this long; run again to go on
+    accumulate: int = 1  # parts of the batch that are computed one after another
+    remat: str = "none"  # what the backward pass finds stored: or "dots", "full", "offload"; see `layers.use_remat`
+    frozen_dtype: str = "float32"  # or "bfloat16"
+    frozen_sharding: str = "sharded"  # as the parameters are; or "replicated"
+    sharding: str = "fsdp"  # or "dp", "zero1", "fsdp_tp", "fsdp_cp"; "auto" picks one of these and the mesh
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
     def __post_init__(self) -> None:
         """Raises `InputError` that names the first setting out of range or in contradiction to another."""
-        for name in ("steps", "batch", "checkpoint_every", "keep", "log_every"):
+        for name in ("steps", "batch", "checkpoint_every", "keep", "log_every", "accumulate"):
             self._need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("warmup_steps", "decay_steps", "preview_every", "seed", "end_lr", "weight_decay"):
+        for name in ("warmup_steps", "decay_steps", "preview_every", "profile_at", "seed", "end_lr", "weight_decay"):
             self._need(getattr(self, name) >= 0, name, "at least 0")
         for name in ("learning_rate", "eps", "clip_norm", "adversary_learning_rate", "time_limit_minutes"):
             self._need(getattr(self, name) is None or getattr(self, name) > 0, name, "above 0")
         for name in ("b1", "b2", "ema_decay"):
             self._need(0 <= getattr(self, name) < 1, name, "at least 0 and below 1")
-        self._need(self.schedule in ("constant", "cosine"), "schedule", "'constant' or 'cosine'")
+        for name, choices in CHOICES.items():
+            self._need(getattr(self, name) in choices, name, " or ".join(map(repr, choices)))
+        self._need(self.batch % self.accumulate == 0, "accumulate", f"a divisor of batch ({self.batch})")
+        if self.sharding == "auto" and self.mesh != MeshConfig():
+            raise InputError("config.sharding is 'auto', which makes the mesh too; leave config.mesh out of the recipe")
         self._need(self.warmup_steps <= self.steps, "warmup_steps", f"at most steps ({self.steps})")
         self._need(self.end_lr <= self.learning_rate, "end_lr", f"at most learning_rate ({self.learning_rate})")
         left = self.steps - self.warmup_steps
@@ -115,16 +139,21 @@ class Recipe:
         """The task, a `dpir_jax.training.task.Task`."""
         return _resolve(self.task_type, "task_type").from_config(self.task.to_dict())
 
-    def build_data(self) -> Any:
-        """The training batches: an endless iterator that can tell and take its position (`loop.Batches`)."""
-        return self._batches("data")
+    def build_data(self, index: int = 0, count: int = 1) -> Any:
+        """The training batches: an endless iterator that can tell and take its position (`loop.Batches`).
 
-    def build_validation(self) -> Any | None:
+        `index` of `count`: which equal piece of each batch is wanted.
+        """
+        return self._batches("data", index, count)
+
+    def build_validation(self, index: int = 0, count: int = 1) -> Any | None:
         """The batches whose first one is shown on the preview sheet; None: the recipe names none."""
-        return None if self.validation is None else self._batches("validation")
+        return None if self.validation is None else self._batches("validation", index, count)
 
-    def _batches(self, name: str) -> Any:
+    def _batches(self, name: str, index: int, count: int) -> Any:
         settings = {"batch": self.train.batch, "seed": self.train.seed} | getattr(self, name).to_dict()
+        if self.data_type and count > 1:
+            settings |= {"process_index": index, "process_count": count}
         make = _resolve(self.data_type, "data_type") if self.data_type else DataConfig
         try:
             inspect.signature(make).bind(**settings)
@@ -132,7 +161,7 @@ class Recipe:
             raise InputError(f"config.{name} does not fit {make.__name__}: {error}") from error
         if self.data_type:
             return make(**settings)
-        return make_dataset(make(**settings), process_index=jax.process_index(), process_count=jax.process_count())
+        return make_dataset(make(**settings), process_index=index, process_count=count)
 
 
 def load_recipe(spec: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -9,7 +9,9 @@ D(z_0): the paper has them in stage 1 only; the small models here gain by them (
 """
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -18,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from dpir_jax import images, model_folder
-from dpir_jax.degradation import Recipe, degrade
+from dpir_jax.degradation import Recipe, apply_plan, draw_plan
 from dpir_jax.diffusion.flow import interpolate, loss_weight, velocity_loss
 from dpir_jax.diffusion.samplers import euler
 from dpir_jax.diffusion.schedule import FlowSchedule, draw_time
@@ -32,9 +34,11 @@ from dpir_jax.metrics.trunks import MetricWeight
 from dpir_jax.models.autoencoder import Autoencoder, Encoder
 from dpir_jax.models.clip import clip_preprocess
 from dpir_jax.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PatchEncoder
+from dpir_jax.models.placement import per_sample
+from dpir_jax.models.precision import FLOAT32, MIXED, Precision
 from dpir_jax.systems.config_json import to_json
 from dpir_jax.systems.dpir import DPIR, Condition, DPIRConfig
-from dpir_jax.systems.dpir_folder import save_dpir
+from dpir_jax.systems.dpir_folder import read_dpir, save_dpir
 from dpir_jax.systems.prompts import drop
 from dpir_jax.training.adversary import Discriminator, adversarial_losses
 
@@ -148,16 +152,48 @@ def upsample(lq: Float[Array, "B h w 3"], scale: int) -> Float[Array, "B H W 3"]
 
 
 def make_pairs(key: jax.Array, hq: Float[Array, "B H W 3"], recipes: tuple[Recipe, ...]) -> Float[Array, "B H W 3"]:
-    """Degrades and upsamples; the batch is split evenly among the recipes, in order."""
+    """Degrades and upsamples; the batch is split evenly among the recipes, in order. On a mesh each device degrades
+    its own samples; their draws do not depend on that."""
     parts = []
     for i, (recipe, part) in enumerate(zip(recipes, jnp.array_split(hq, len(recipes)))):
-        parts.append(upsample(degrade(jax.random.fold_in(key, i), part, recipe)[0], recipe.scale))
+        plan = draw_plan(jax.random.fold_in(key, i), recipe, *part.shape[:3])
+        degrade_own = functools.partial(apply_plan, recipe=recipe)
+        parts.append(per_sample(lambda *own, d=degrade_own, r=recipe: upsample(d(*own), r.scale))(plan, part))
     return jnp.concatenate(parts)
+
+
+def in_turn(function: Callable, at_once: int = 8) -> Callable:
+    """`function(*trees) -> tree`, all leaves `[B, ...]`, each device working on a few of its samples after the other.
+
+    For large frozen networks: the memory of a few samples, and a program of one size. Eight samples fill the sublanes
+    of a TPU; for fewer its compiler takes twice as long over a convolution.
+    """
+
+    def run(*trees: Any) -> Any:
+        count = len(jax.tree.leaves(trees)[0])
+        size = math.gcd(count, at_once)
+        parts = jax.tree.map(lambda x: x.reshape(count // size, size, *x.shape[1:]), trees)
+        out = jax.lax.map(lambda part: function(*part), parts)
+        return jax.tree.map(lambda x: x.reshape(count, *x.shape[2:]), out)
+
+    return per_sample(run)
 
 
 def cut_boxes(pictures: Float[Array, "B H W 3"], corners: Array, size: int) -> Float[Array, "B S S 3"]:
     """The local crop of each global one; `corners` [B, 2] are its top and left."""
     return jax.vmap(lambda p, c: jax.lax.dynamic_slice(p, (c[0], c[1], 0), (size, size, 3)))(pictures, corners)
+
+
+def local_corners(key: jax.Array, box: Array, crops: int, spare: int, step: int) -> Int[Array, "B*crops 2"]:
+    """Tops and lefts of `crops` local crops of each global picture, drawn from [0, `spare`]; a single one is `box`'s.
+
+    Multiples of `step`, pixels per latent cell and per low-quality pixel: a tile lies on both grids when photos are
+    restored. Cutting from a larger degraded picture also keeps the degradation's edges (reflections, sizes rounded to
+    whole pixels) out of most crops: on 96-pixel pictures a network learns to undo those edges, and loses by it on
+    larger ones.
+    """
+    drawn = jax.random.randint(key, (len(box) * crops, 2), 0, spare + 1) if crops > 1 else box
+    return drawn // step * step
 
 
 def as_float(pictures: Array) -> Float[Array, "B H W 3"]:
@@ -169,10 +205,13 @@ def sample_crops(folders: tuple[str, ...], count: int, size: int, seed: int) -> 
     """`count` random crops `[N, size, size, 3]` in [0, 1], from about `count` / 4 photos: for closed-form fits."""
     rng = np.random.default_rng(seed)
     paths = images.find_photos([Path(folder) for folder in folders])
-    crops = []
+    crops, small = [], 0
     while len(crops) < count:
         pixels = images.read_pixels(paths[rng.integers(len(paths))])
         if min(pixels.shape[:2]) < size:
+            small += 1
+            if small > 20 * len(paths):
+                raise InputError(f"no photo in {', '.join(map(str, folders))} has {size} pixels a side")
             continue
         for _ in range(4):
             y, x = (rng.integers(side - size + 1) for side in pixels.shape[:2])
@@ -184,7 +223,7 @@ def _recipes(names: tuple[str, ...], scale: int) -> tuple[Recipe, ...]:
     return tuple(Recipe.named(name, scale=scale) for name in names)
 
 
-def _from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
+def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
     """A frozen dataclass from a recipe's section; an unknown field is an error that names it."""
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name in values:
@@ -192,7 +231,7 @@ def _from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
             raise InputError(f"{where}.{name} is not a setting; known are {', '.join(fields)}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     if isinstance(values.get("picture"), Mapping):
-        values["picture"] = _from_mapping(PictureLoss, values["picture"], f"{where}.picture")
+        values["picture"] = from_mapping(PictureLoss, values["picture"], f"{where}.picture")
     return cls(**values)
 
 
@@ -233,7 +272,7 @@ class DecoderTask:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """From a recipe's `task` section."""
-        return _from_mapping(cls, config, "task")
+        return from_mapping(cls, config, "task")
 
     @property
     def config(self) -> PatchAutoencoderConfig:
@@ -253,8 +292,7 @@ class DecoderTask:
     def _noise(self, model: DecoderModel, hq: Float[Array, "B H W 3"], key: jax.Array) -> Float[Array, "B h w C"]:
         level_key, noise_key = jax.random.split(key)
         level = jax.random.uniform(level_key, (len(hq), 1, 1, 1), maxval=self.noise)
-        deviations = jax.lax.rsqrt(jnp.sum(jnp.square(model.autoencoder.encoder.project.kernel[...]), 0))
-        level *= jnp.minimum(1, self.fine / deviations)
+        level *= jnp.minimum(1, self.fine / model.autoencoder.deviations)
         cells = (side // self.config.patch_size for side in hq.shape[1:3])
         return level * jax.random.normal(noise_key, (len(hq), *cells, self.config.latent_channels))
 
@@ -285,14 +323,14 @@ class DecoderTask:
 class EncoderModel(nnx.Module):
     """Stage 1's networks: the frozen autoencoder, E_dr, the critics."""
 
-    def __init__(self, system: DPIRConfig, picture: PictureLoss, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, system: DPIRConfig, picture: PictureLoss | None, *, rngs: nnx.Rngs) -> None:
         if isinstance(system.autoencoder, PatchAutoencoderConfig):
             self.autoencoder = PatchAutoencoder(system.autoencoder, rngs=rngs)
             self.robust_encoder = PatchEncoder(system.robust_encoder, rngs=rngs)
         else:
             self.autoencoder = Autoencoder(system.autoencoder, rngs=rngs)
             self.robust_encoder = Encoder(system.robust_encoder, rngs=rngs)
-        if picture.needs_critics:
+        if picture is not None and picture.needs_critics:
             self.critics = Critics(picture, rngs=rngs)
 
 
@@ -301,22 +339,31 @@ class EncoderTask:
     """Stage 1: the degradation-robust encoder.
 
     `init_from`: a model folder with the autoencoder to start from, and E_dr too if it has one.
+    `local_crop`, `crops`: side and number of the crops that are cut from each degraded picture (None: the whole).
+    `picture`: the loss on decoded pictures; None: |E_dr(x_lq) - E(x_hq)|_1 instead, each channel weighed by what it is
+    worth in the picture: nothing is decoded, so a small system trains twice as fast until the rest is detail.
     """
 
     system: str = "nano"
     recipes: tuple[str, ...] = ("realesrgan", "light")
     scale: int = 4
-    picture: PictureLoss = PictureLoss()
+    local_crop: int | None = None
+    crops: int = 1
+    picture: PictureLoss | None = PictureLoss()
     photos: tuple[str, ...] = ()
     init_from: str | None = None
 
     trainable = nnx.Any(nnx.PathContains("robust_encoder"), nnx.PathContains("discriminator"))
     adversary = None  # `adversarial_losses` serves both sides in one backward pass
 
+    def __post_init__(self) -> None:
+        if self.crops > 1 and self.local_crop is None:
+            raise InputError(f"task.crops is {self.crops}; it needs task.local_crop")
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """From a recipe's `task` section."""
-        return _from_mapping(cls, config, "task")
+        return from_mapping(cls, config, "task")
 
     @property
     def config(self) -> DPIRConfig:
@@ -337,14 +384,30 @@ class EncoderTask:
             nnx.update(model.robust_encoder, nnx.state(model.autoencoder.encoder))
         return model
 
+    def _pairs(
+        self, batch: Mapping[str, Array], key: jax.Array
+    ) -> tuple[Float[Array, "B*crops S S 3"], Float[Array, "B*crops S S 3"]]:
+        hq = as_float(batch["hq"])
+        lq = make_pairs(key, hq, _recipes(self.recipes, self.scale))
+        if self.local_crop is None:
+            return lq, hq
+        step = math.lcm(self.scale, self.config.latent_factor)
+        spare = hq.shape[1] - self.local_crop
+        corners = local_corners(jax.random.fold_in(key, 1), batch["box"], self.crops, spare, step)
+        return tuple(cut_boxes(jnp.repeat(p, self.crops, 0), corners, self.local_crop) for p in (lq, hq))
+
     def restored(self, model: EncoderModel, lq: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
         """D(E_dr(x_lq)) for a picture in [0, 1] at the target size."""
         return model.autoencoder.decode(model.robust_encoder(2 * lq - 1)[0]) / 2 + 0.5
 
     def loss(self, model: EncoderModel, batch: Mapping[str, Array], key: jax.Array) -> tuple[Array, dict[str, Array]]:
         """The stage's loss on a batch of good crops."""
-        hq = as_float(batch["hq"])
-        lq = make_pairs(jax.random.fold_in(key, 0), hq, _recipes(self.recipes, self.scale))
+        lq, hq = self._pairs(batch, jax.random.fold_in(key, 0))
+        if self.picture is None:
+            error = model.robust_encoder(2 * lq - 1)[0] - model.autoencoder.encode(2 * hq - 1)[0]
+            patch = isinstance(self.config.autoencoder, PatchAutoencoderConfig)
+            latent = jnp.mean(jnp.abs(error * model.autoencoder.deviations if patch else error))
+            return latent, {"latent": latent}
         critics = model.critics if self.picture.needs_critics else None
         return picture_loss(
             self.picture, critics, self.restored(model, lq), hq, jax.random.fold_in(key, 1), self.config.latent_factor
@@ -352,8 +415,7 @@ class EncoderTask:
 
     def preview(self, model: EncoderModel, batch: Mapping[str, Array], key: jax.Array) -> Float[Array, "B H W 3"]:
         """Rows of upsampled input | restored | original."""
-        hq = as_float(batch["hq"])
-        lq = make_pairs(key, hq, _recipes(self.recipes, self.scale))
+        lq, hq = self._pairs(batch, key)
         return jnp.concatenate([lq, self.restored(model, lq), hq], 2)
 
     def export(self, model: EncoderModel, out: Path) -> None:
@@ -368,8 +430,10 @@ class EncoderTask:
 class DiTModel(nnx.Module):
     """Stage 2's networks: the whole system and the critics."""
 
-    def __init__(self, system: DPIRConfig, picture: PictureLoss | None, *, rngs: nnx.Rngs) -> None:
-        self.system = DPIR(system, rngs=rngs)
+    def __init__(
+        self, system: DPIRConfig, picture: PictureLoss | None, *, rngs: nnx.Rngs, precision: Precision = FLOAT32
+    ) -> None:
+        self.system = DPIR(system, rngs=rngs, precision=precision)
         if picture is not None and picture.needs_critics:
             self.critics = Critics(picture, rngs=rngs)
 
@@ -378,12 +442,16 @@ class DiTModel(nnx.Module):
 class DiTTask:
     """Stage 2: the DiT with its LQ branch.
 
-    `init_from`: the model folder of stage 1. `loss_kind`: "x0" is the published loss, "velocity" the paper's.
+    `init_from`: the model folder of stage 1, or of a whole system to go on with.
+    `local_crop`, `crops`: side and number of the crops that are cut from each degraded global picture.
+    `loss_kind`: "x0" is the published loss, "velocity" the paper's.
     `start_share`: share of the samples at sigma 1, where sampling starts and with one step also ends.
     `rollout_share`: share of the samples whose z_t holds the model's own estimate from sigma 1 in place of z_0, as it
     does from the second step of sampling on (the backward simulation of DMD2, arXiv 2405.14867); "x0" only.
     `flow_weight`: of that loss; `picture`: extra terms on D(z_0) (None: the published loss alone).
-    `train_prompts`: train the image encoders too.
+    `train_prompts`: train the image encoders too. `mixed`: compute in bfloat16; trained weights stay in float32.
+    `in_turn`: the frozen autoencoders take a device's pictures a few at a time, which saves memory and compile time.
+    `text_input`: batches bring T5's tokens as `text` [B, T, W]; T5 itself is no part of the step then.
     `description`, `restore`: what the exported model says of itself, and its own settings for restoring.
     """
 
@@ -392,6 +460,7 @@ class DiTTask:
     recipes: tuple[str, ...] = ("realesrgan", "light")
     scale: int = 4
     local_crop: int = 128
+    crops: int = 1
     loss_kind: Literal["x0", "velocity"] = "x0"
     time: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
     start_share: float = 0.0
@@ -401,6 +470,9 @@ class DiTTask:
     flow_weight: float = 1.0
     picture: PictureLoss | None = None
     train_prompts: bool = False
+    mixed: bool = False
+    in_turn: bool = False
+    text_input: bool = False
     photos: tuple[str, ...] = ()
     preview_steps: int = 4
     description: str = "DPIR"
@@ -411,16 +483,27 @@ class DiTTask:
     def __post_init__(self) -> None:
         if self.rollout_share and self.loss_kind != "x0":
             raise InputError(f"task.loss_kind is {self.loss_kind!r}; task.rollout_share needs 'x0'")
+        if self.text_input and SYSTEMS[self.system]().t5 is None:
+            raise InputError(f"task.system is {self.system!r}, which takes no text; task.text_input must be False")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """From a recipe's `task` section."""
-        return _from_mapping(cls, config, "task")
+        return from_mapping(cls, config, "task")
 
     @property
     def config(self) -> DPIRConfig:
         """The system that is trained."""
-        return SYSTEMS[self.system]()
+        system = SYSTEMS[self.system]()
+        return dataclasses.replace(system, t5=None) if self.text_input else system
+
+    @property
+    def inputs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape and dtype of what a sample brings beside its picture."""
+        if not self.text_input:
+            return {}
+        width = SYSTEMS[self.system]().t5.width
+        return {"text": ((self.config.text_tokens, width), jnp.bfloat16)}
 
     @property
     def trainable(self) -> nnx.filterlib.Filter:
@@ -429,15 +512,37 @@ class DiTTask:
         return nnx.Any(*(nnx.PathContains(name) for name in names))
 
     def init(self, key: jax.Array) -> DiTModel:
-        """Reads stage 1's networks and measures the residual's scale."""
+        """All networks, on one device."""
+        self._check_source()
+        return self.load(self.create(key))
+
+    def _check_source(self) -> None:
         if self.init_from is None:
-            raise InputError("task.init_from must name the model folder of stage 1")
-        model = DiTModel(self.config, self.picture, rngs=nnx.Rngs(key))
+            raise InputError("task.init_from must name the model folder of stage 1, or of a system to go on with")
+
+    @property
+    def _precision(self) -> Precision:
+        return MIXED if self.mixed else FLOAT32
+
+    def create(self, key: jax.Array) -> DiTModel:
+        """All networks with random weights."""
+        return DiTModel(self.config, self.picture, rngs=nnx.Rngs(key), precision=self._precision)
+
+    def load(self, model: DiTModel) -> DiTModel:
+        """Reads stage 1's networks and measures the residual's scale, or reads a whole system to go on with."""
+        self._check_source()
+        if (Path(self.init_from) / "mmdit.safetensors").is_file():
+            system = read_dpir(Path(self.init_from), model_folder.read_config(self.init_from), self._precision)
+            if system.config != self.config:
+                raise InputError(f"the system in {self.init_from} is not task.system {self.system!r}: its sizes differ")
+            model.system = system
+            return model
         system = model.system
         system.autoencoder = model_folder.load_network(self.init_from, "autoencoder", system.autoencoder)
         system.robust_encoder = model_folder.load_network(self.init_from, "robust_encoder", system.robust_encoder)
         if self.config.flow == "residual":
-            hq = jnp.asarray(sample_crops(self.photos, 128, self.local_crop, seed=1))
+            side = self.local_crop * min(self.crops, 2)  # with room around, as the crops have it
+            hq = jnp.asarray(sample_crops(self.photos, 128, side, seed=1))
             system.residual_scale[...] = jax.jit(self._residual_rms)(system, hq, jax.random.key(1))
         return model
 
@@ -447,33 +552,50 @@ class DiTTask:
         return jnp.sqrt(jnp.mean(jnp.square(residual), axis=(0, 1, 2)))
 
     def _inputs(
-        self, system: DPIR, batch: Mapping[str, Array], key: jax.Array
-    ) -> tuple[Float[Array, "B S S 3"], Float[Array, "B S S 3"], Float[Array, "B h w C"], tuple[Array, Array]]:
-        """(x_lq, x_hq, z_lq, visual part of the prompt) of the local crops."""
+        self, system: DPIR, batch: Mapping[str, Array], key: jax.Array, latent_key: jax.Array
+    ) -> tuple[
+        Float[Array, "B S S 3"], Float[Array, "B S S 3"], Float[Array, "B h w C"], Float[Array, "B h w C"], tuple
+    ]:
+        """(x_lq, x_hq, z_lq, z_hq, visual part of the prompt) of the local crops."""
         whole = as_float(batch["hq"])
         degraded = make_pairs(key, whole, _recipes(self.recipes, self.scale))
-        lq, hq = (cut_boxes(p, batch["box"], self.local_crop) for p in (degraded, whole))
-        lq_latent = jax.lax.stop_gradient(system.encode_lq(lq))
-        looks = (lq, degraded)
-        if self.config.prompt_source == "restored":
-            looks = (system.decode(lq_latent), system.decode(system.encode_lq(degraded)))
         size = self.config.clip_tokens.image_size
-        local = system.local_view(clip_preprocess(looks[0], size))
-        cls, embed = system.global_view(clip_preprocess(looks[1], size))
-        return lq, hq, lq_latent, system.visual(local, (cls[:, None], embed[:, None]))
+
+        def look(degraded: Array, whole: Array, box: Array, key: jax.Array) -> tuple[Array, ...]:
+            lq, hq = (cut_boxes(p, box, self.local_crop) for p in (degraded, whole))
+            lq_latent, hq_latent = system.encode_pair(lq, hq, key)
+            looks = (lq, degraded)
+            if self.config.prompt_source == "restored":
+                looks = (system.decode(lq_latent), system.decode(system.encode_lq(degraded)))
+            return lq, hq, lq_latent, hq_latent, *(clip_preprocess(x, size) for x in looks)
+
+        step = math.lcm(self.scale, self.config.latent_factor)
+        spare = whole.shape[1] - self.local_crop
+        corners = local_corners(jax.random.fold_in(key, 1), batch["box"], self.crops, spare, step)
+        pictures = (*(jnp.repeat(p, self.crops, 0) for p in (degraded, whole)), corners)
+        if self.in_turn:
+            keys = jax.random.split(latent_key, len(corners))
+            seen = in_turn(lambda *own: look(*own[:3], own[3][0]))(*pictures, keys)
+        else:
+            seen = look(*pictures, latent_key)
+        lq, hq, lq_latent, hq_latent, *views = seen
+        local = system.local_view(views[0])
+        cls, embed = system.global_view(views[1])
+        visual = system.visual(local, (cls[:, None], embed[:, None]))
+        return lq, hq, jax.lax.stop_gradient(lq_latent), hq_latent, visual
 
     def loss(self, model: DiTModel, batch: Mapping[str, Array], key: jax.Array) -> tuple[Array, dict[str, Array]]:
         """The flow's loss, plus `picture`'s on the decoded estimate."""
         system = model.system
         keys = jax.random.split(key, 6)
-        _, hq, lq_latent, (visual, pooled) = self._inputs(system, batch, keys[0])
+        _, hq, lq_latent, hq_latent, (visual, pooled) = self._inputs(system, batch, keys[0], keys[3])
         count = hq.shape[0]
-        text = batch.get("text")
+        text = jnp.repeat(batch["text"], self.crops, 0) if "text" in batch else None
         dropped = jax.random.uniform(keys[1], (count,)) < self.prompt_dropout
         text_dropped = jax.random.uniform(keys[2], ()) < self.prompt_dropout
         condition = system.condition(*drop(visual, pooled, text, dropped, text_dropped))
 
-        z0 = system.to_flow(system.encode_hq(hq, keys[3]), lq_latent)
+        z0 = system.to_flow(hq_latent, lq_latent)
         noise = jax.random.normal(keys[4], z0.shape)
         time_key, picture_key = jax.random.split(keys[5])
         sigma = FlowSchedule(shift=self.shift).training_sigma(draw_time(time_key, (count,), self.time))
@@ -512,7 +634,7 @@ class DiTTask:
     def preview(self, model: DiTModel, batch: Mapping[str, Array], key: jax.Array) -> Float[Array, "B H W 3"]:
         """Rows of upsampled input | E_dr alone | sampled | original."""
         system = model.system
-        lq, hq, lq_latent, (visual, pooled) = self._inputs(system, batch, key)
+        lq, hq, lq_latent, _, (visual, pooled) = self._inputs(system, batch, key, key)
         sampled = self.sample(system, lq_latent, system.condition(visual, pooled), self.preview_steps, key)
         return jnp.clip(jnp.concatenate([lq, system.decode(lq_latent), sampled, hq], 2), 0, 1)
 

@@ -55,6 +55,22 @@ class RunLog:
         self._bar.set_postfix_str(f"step {step}, loss {metrics['loss']:.4g}", refresh=False)
 
 
+class NoLog:
+    """What a process has in place of a `RunLog` that is not the one to write it."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        pass
+
+    def advance(self) -> None:
+        """Nothing."""
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """Nothing."""
+
+
 def truncate(path: Path, step: int) -> None:
     """Drops the lines after `step`, and a last line that was cut short."""
     if not path.exists():

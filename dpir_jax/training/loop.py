@@ -14,14 +14,20 @@ import numpy as np
 
 from dpir_jax.errors import InputError
 from dpir_jax.files import write_json
-from dpir_jax.parallel.mesh import make_mesh
-from dpir_jax.parallel.sharding import FSDP, ShardingRules, check_batch, put_batch, replicated
+from dpir_jax.models.placement import use_placement
+from dpir_jax.parallel.flops import count_flops
+from dpir_jax.parallel.processes import agree, is_first, stop_asked, watch_others
+from dpir_jax.parallel.sharding import ShardingRules, placement, process_share, put_batch, replicated
 from dpir_jax.training.checkpoints import Checkpoints
-from dpir_jax.training.config import Recipe
-from dpir_jax.training.logging import RunLog, write_sheet
+from dpir_jax.training.clock import StepClock, memory_bytes, peak_flops
+from dpir_jax.training.config import Recipe, TrainConfig
+from dpir_jax.training.layout import make_layout
+from dpir_jax.training.logging import NoLog, RunLog, write_sheet
+from dpir_jax.training.report import write_summary
 from dpir_jax.training.state import PREVIEW, Networks, TrainState, init_state
 from dpir_jax.training.step import make_train_step
 from dpir_jax.training.task import Task
+from dpir_jax.training.time_bins import BY_TIME
 
 
 class Batches(Protocol):
@@ -55,75 +61,91 @@ def train(
     workdir: Path,
     *,
     task: Task | None = None,
-    rules: ShardingRules = FSDP,
     progress: bool = True,
 ) -> Outcome:
     """Trains until the recipe's last step, its time limit, or SIGTERM/SIGINT; goes on from the newest checkpoint.
 
-    A run that is killed and started again gives the same losses, bit for bit, as one that was not.
+    A run that is killed and started again gives the same losses, bit for bit, as one that was not. With several
+    processes (`parallel.processes.start`) all of them call this; the first one writes what is not a checkpoint.
 
     Args:
       recipe: the checked recipe.
-      workdir: gets `config.json`, `metrics.jsonl`, `tensorboard/`, `previews/` and `checkpoints/`.
+      workdir: gets `config.json`, `metrics.jsonl`, `tensorboard/`, `previews/`, `checkpoints/`, `summary.json` and, if
+        the recipe asks for it, `profile/`.
       task: what to train; None: the task that the recipe names.
-      rules: which mesh axis cuts which parameter dimension.
       progress: whether to draw a progress bar on stderr.
 
     Raises:
       InputError: the mesh does not fit the devices or the batch, the data ends or does not fit, the checkpoint is of
         another run, or the loss is no longer finite.
+      LostProcess: another process of the run is gone.
     """
     started, config = time.monotonic(), recipe.train
-    mesh = make_mesh(config.mesh)
-    check_batch(config.batch, mesh)
     task = recipe.build_task() if task is None else task
-    batches: Batches = recipe.build_data()
+    mesh, rules = make_layout(task, config)
+    share = process_share(mesh)
+    size = config.batch // share[1]
+    batches: Batches = recipe.build_data(*share)
     state, networks, shardings = init_state(task, config, mesh, rules)
-    step_fn = make_train_step(task, config, networks, mesh, shardings)
-    key = jax.device_put(jax.random.key(config.seed), replicated(mesh))
+    step_fn = make_train_step(task, config, networks, mesh, shardings, rules)
+    key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
 
-    with Checkpoints(workdir / "checkpoints", config.keep) as checkpoints, _caught_signals() as caught:
+    with (
+        Checkpoints(workdir / "checkpoints", config.keep) as checkpoints,
+        _caught_signals() as caught,
+        watch_others(),
+    ):
         first = checkpoints.latest or 0
         position = batches.get_state()
         if first:
             state, position = checkpoints.restore(state, recipe)
         if first >= config.steps:
             return Outcome(first, "done")
-        write_json(workdir / "config.json", recipe.to_json())
         preview = None
         if config.preview_every:
-            shown = _next(recipe.build_validation() or batches, 0, config.batch)
-            preview = _Preview(task, networks, config.seed, shown, workdir / "previews")
+            shown = _next(recipe.build_validation(*share) or batches, 0, size)
+            preview = _Preview(task, networks, config.seed, put_batch(shown, mesh), rules, workdir / "previews")
         batches.set_state(position)
 
-        with RunLog(workdir, start=first, steps=config.steps, batch=config.batch, progress=progress) as log:
-            batch = put_batch(_next(batches, first, config.batch), mesh)
+        open_log: Any = NoLog()
+        if is_first():
+            write_json(workdir / "config.json", recipe.to_json())
+            open_log = RunLog(workdir, start=first, steps=config.steps, batch=config.batch, progress=progress)
+        with (
+            open_log as log,
+            contextlib.closing(StepClock()) as clock,
+            contextlib.closing(_Profiler(config.profile_at, workdir / "profile")) as profiler,
+        ):
+            batch = put_batch(_next(batches, first, size), mesh)
+            peak = peak_flops()
+            flops = count_flops(step_fn.trace(state, batch, key).jaxpr) if peak else None
             pending, saved, since, reason = [], first, time.monotonic(), "done"
             for step in range(first + 1, config.steps + 1):
-                with jax.transfer_guard("disallow"):
+                with profiler.step(step), jax.transfer_guard("disallow"):
                     state, metrics = step_fn(state, batch, key)
+                clock.handed(metrics["loss"])
                 pending.append(metrics)
                 # While the device works: note the position behind this step's batch, then fetch the next one.
                 position = batches.get_state()
                 if step < config.steps:
-                    batch = put_batch(_next(batches, step, config.batch), mesh)
+                    with clock.fetching():
+                        batch = put_batch(_next(batches, step, size), mesh)
                 if len(pending) > 1:  # never more than one step ahead of the device
                     jax.block_until_ready(pending[-2]["loss"])
                 log.advance()
 
-                limit = config.time_limit_minutes
-                if caught:
-                    reason = signal.Signals(caught[0]).name
-                elif limit is not None and time.monotonic() - started > 60 * limit and step < config.steps:
-                    reason = "time limit"
+                reason = _reason_to_stop(step, config, started, caught) or "done"
                 leaving = reason != "done" or step == config.steps
                 save = leaving or step % config.checkpoint_every == 0
                 if save or step % config.log_every == 0:
                     values = _means(pending)
-                    now = time.monotonic()
-                    speed = {"images_per_second": len(pending) * config.batch / (now - since), "seconds": now - started}
                     if step % config.log_every == 0 or step == config.steps or not values["finite"]:
-                        log.write(step, values | speed)
+                        now = time.monotonic()
+                        speed = {"images_per_second": len(pending) * config.batch / (now - since)}
+                        if peak:
+                            speed["flop_utilization"] = flops * len(pending) / (now - since) / peak
+                        machine = {"memory_gb": memory_bytes() / 1e9, "seconds": now - started}
+                        log.write(step, values | clock.read() | speed | machine)
                         pending, since = [], now
                     if values["finite"] < 1:
                         raise InputError(_not_finite(step, saved))
@@ -134,45 +156,101 @@ def train(
                     preview(step, state)
                 if leaving:
                     break
+        if is_first():
+            write_summary(workdir, reason)
     return Outcome(step, reason)
+
+
+def _reason_to_stop(step: int, config: TrainConfig, started: float, caught: list[int]) -> str | None:
+    """Why to save and leave after this step, if at all; the same in all processes."""
+    if caught:
+        return signal.Signals(caught[0]).name
+    if asked := stop_asked(step):
+        return asked
+    limit, alone = config.time_limit_minutes, jax.process_count() == 1
+    if limit is None or step == config.steps or not (alone or step % config.log_every == 0):
+        return None  # with several processes the question costs a message
+    return "time limit" if agree(time.monotonic() - started > 60 * limit) else None
+
+
+class _Profiler:
+    """Traces the device and the host over a few steps, for TensorBoard or xprof."""
+
+    STEPS = 3
+
+    def __init__(self, first: int, folder: Path) -> None:
+        self._first, self._folder, self._tracing = first, folder, False
+
+    @contextlib.contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around the handing over of a step. The trace ends when the step after the last is handed over."""
+        if number == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._tracing = True
+        elif number == self._first + self.STEPS:
+            self.close()
+        with jax.profiler.StepTraceAnnotation("step", step_num=number):
+            yield
+
+    def close(self) -> None:
+        """Ends the trace, if it is still running."""
+        if self._tracing:
+            jax.profiler.stop_trace()
+        self._tracing = False
 
 
 class _Preview:
     """Writes the sheet of a fixed batch and key, with the averaged weights, so that sheets of a run can be compared."""
 
-    def __init__(self, task: Task, networks: Networks, seed: int, batch: Any, folder: Path) -> None:
+    def __init__(
+        self,
+        task: Task,
+        networks: Networks,
+        seed: int,
+        batch: dict[str, jax.Array],
+        rules: ShardingRules,
+        folder: Path,
+    ) -> None:
         self._batch, self._folder = batch, folder
-        self._key = jax.random.fold_in(jax.random.key(seed), PREVIEW)
+        mesh = next(iter(batch.values())).sharding.mesh
 
-        def draw(state: TrainState, batch: Any, key: jax.Array) -> Any:
+        def draw(state: TrainState, batch: Any) -> Any:
+            key = jax.random.fold_in(jax.random.key(seed), PREVIEW)
             average = {name: value.astype(state.params[name].dtype) for name, value in state.ema.items()}
-            return task.preview(networks.merge(average, state.adversary, state.frozen), batch, key)
+            with use_placement(placement(mesh, rules)):
+                return task.preview(networks.merge(average, state.adversary, state.frozen), batch, key)
 
-        self._draw = jax.jit(draw)
+        self._draw = jax.jit(draw, out_shardings=replicated(mesh))
 
     def __call__(self, step: int, state: TrainState) -> None:
-        everywhere = replicated(state.step.sharding.mesh)
-        rows = self._draw(state, *jax.device_put((dict(self._batch), self._key), everywhere))
-        if rows is not None:
+        rows = self._draw(state, self._batch)
+        if rows is not None and is_first():
             write_sheet(self._folder / f"step_{step:06d}.png", np.asarray(rows))
 
 
 def _next(batches: Batches, step: int, size: int) -> dict[str, np.ndarray]:
     try:
-        batch = dict(next(batches))
+        batch = {name: value for name, value in next(batches).items() if name != "caption"}  # words stay on the host
     except StopIteration:
         raise InputError(f"the training data ended after {step} batches; it must repeat") from None
     for name, value in batch.items():
         if np.shape(value)[:1] != (size,):
-            raise InputError(f"the data gives {name} of shape {np.shape(value)}; config.batch is {size}")
+            wanted = f"config.batch is {size}" if jax.process_count() == 1 else f"this process's part is {size}"
+            raise InputError(f"the data gives {name} of shape {np.shape(value)}; {wanted}")
     return batch
 
 
 def _means(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
     """The mean of each metric over the steps since the last line; one transfer. `finite` is that of the last step."""
     values = jax.device_get(pending)
-    means = {name: float(np.mean([value[name] for value in values], dtype=np.float64)) for name in values[-1]}
+    means = {name: _mean(name, np.array([value[name] for value in values], np.float64)) for name in values[-1]}
     return means | {"finite": float(values[-1]["finite"]), "lr": float(values[-1]["lr"])}
+
+
+def _mean(name: str, values: np.ndarray) -> float:
+    """The mean; of a loss by time, over the steps that had a sample at that time."""
+    known = values[~np.isnan(values)] if BY_TIME in name else values
+    return float(known.mean()) if known.size else float("nan")
 
 
 def _not_finite(step: int, saved: int) -> str:
@@ -185,9 +263,12 @@ def _not_finite(step: int, saved: int) -> str:
 
 @contextlib.contextmanager
 def _caught_signals() -> Iterator[list[int]]:
-    """Notes the first SIGTERM or SIGINT instead of dying of it; a second one acts as if nothing were caught."""
+    """Notes the first SIGTERM or SIGINT instead of dying of it; a second one acts as if nothing were caught.
+
+    With several processes SIGTERM is left to JAX's preemption service, which tells all of them (`stop_asked`).
+    """
     caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    if threading.current_thread() is not threading.main_thread() or jax.process_count() > 1:
         yield caught
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}

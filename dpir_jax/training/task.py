@@ -24,7 +24,10 @@ class Task(Protocol):
         """The nnx filter of the parameters that `loss` trains, e.g. `nnx.PathContains("dit")`."""
 
     def init(self, key: jax.Array) -> nnx.Module:
-        """All networks as one module. Must give the same weights each time: frozen ones are not in the checkpoints."""
+        """All networks as one module. Must give the same weights each time: frozen ones are not in the checkpoints.
+
+        Runs once, outside of `jax.jit`, with the host as default device; the result is then cut and sent to the mesh.
+        """
 
     def loss(self, model: nnx.Module, batch: Batch, key: jax.Array) -> tuple[Float[Array, ""], Metrics]:
         """The loss and further scalars to log."""
@@ -34,6 +37,19 @@ class Task(Protocol):
 
     def export(self, model: nnx.Module, out: Path) -> None:
         """Writes the model folder (`dpir_jax.model_folder.save_networks`)."""
+
+
+class LargeTask(Task, Protocol):
+    """A task whose networks no single device could hold: `init` in two steps, `load(create(key))`."""
+
+    def create(self, key: jax.Array) -> nnx.Module:
+        """All networks with random weights. Traced by `jax.jit`: every device makes its own pieces of each array."""
+
+    def load(self, model: nnx.Module) -> nnx.Module:
+        """The model with the weights that exist already, and with what has to be measured; the rest is left alone.
+
+        `model`'s arrays lie on the mesh; new ones may be anywhere and are sent to their places.
+        """
 
 
 class AdversarialTask(Task, Protocol):

@@ -4,6 +4,9 @@
 
 Built on torch's meta device from the published configs: nothing is downloaded and no memory is needed. Needs the
 extra `[convert]`; the tests that read the files do not.
+
+`ram` and `ram_plus` are not made here: they are the state dicts of the models that xinyu1205/recognize-anything builds
+with Swin-L at 384 pixels (commit 7cb804a), listed once on the meta device. `dape` is made from `ram`.
 """
 
 import gzip
@@ -89,6 +92,68 @@ def t5(name: str) -> transformers.T5EncoderModel:
     return transformers.T5EncoderModel(config)
 
 
+def seesr(model: torch.nn.Module) -> torch.nn.Module:
+    """A second transformer, on 512 wide image tokens, behind every one on text: SeeSR's network."""
+    for block in (*model.down_blocks, model.mid_block, *getattr(model, "up_blocks", ())):
+        if hasattr(block, "attentions"):
+            block.image_attentions = torch.nn.ModuleList(
+                diffusers.Transformer2DModel(
+                    text.num_attention_heads,
+                    text.attention_head_dim,
+                    in_channels=text.in_channels,
+                    cross_attention_dim=512,
+                    use_linear_projection=True,
+                )
+                for text in (look.config for look in block.attentions)
+            )
+    return model
+
+
+def llava(width: int, layers: int, heads: int, mlp: int) -> transformers.LlavaForConditionalGeneration:
+    """LLaVA-1.5."""
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads, "intermediate_size": mlp}
+    text = {"vocab_size": 32064, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5} | sizes
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**VIT_L14, image_size=336),
+        text_config=transformers.LlamaConfig(**text),
+        image_token_index=32000,
+    )
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+LLAVA_NAMES = {  # transformers 5 -> 4, in which LLaVA was published
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+}
+
+
+def published_name(key: str) -> str:
+    """The key in published files."""
+    return next((new + key.removeprefix(old) for old, new in LLAVA_NAMES.items() if key.startswith(old)), key)
+
+
+def dape(ram: dict[str, list[int]]) -> dict[str, list[int]]:
+    """RAM's tensors and DAPE's: LoRA of rank 8 on queries and values of the Swin, queries and keys of all else."""
+    found = dict(ram)
+    for key, shape in ram.items():
+        name = key.removesuffix(".weight")
+        if name.endswith("attn.qkv") and name != key:
+            found |= {f"{name}.lora_A": [16, shape[1]], f"{name}.lora_B": [2 * shape[0] // 3, 8]}
+        if name.endswith(("attention.self.query", "attention.self.key")) and name != key:
+            found |= {f"{name}.lora_A": [8, shape[1]], f"{name}.lora_B": [shape[0], 8]}
+    return found
+
+
+UNET = {
+    "sample_size": 64,
+    "attention_head_dim": (5, 10, 20, 20),
+    "cross_attention_dim": 1024,
+    "use_linear_projection": True,
+}
+CONTROLNET = {key: value for key, value in UNET.items() if key != "sample_size"}
+
 NETWORKS = {
     "sd3_medium": lambda: diffusers.SD3Transformer2DModel(**SD3),
     "sd35_medium": lambda: diffusers.SD3Transformer2DModel(**SD3 | SD35 | MEDIUM),
@@ -105,6 +170,12 @@ NETWORKS = {
     "openclip_text_bigg14": lambda: text("bigg14", hidden_act="gelu"),
     "t5_xxl": lambda: t5("xxl"),
     "t5_base": lambda: t5("base"),
+    "sd2_unet": lambda: diffusers.UNet2DConditionModel(**UNET),
+    "sd2_controlnet": lambda: diffusers.ControlNetModel(**CONTROLNET),
+    "seesr_unet": lambda: seesr(diffusers.UNet2DConditionModel(**UNET)),
+    "seesr_controlnet": lambda: seesr(diffusers.ControlNetModel(**CONTROLNET)),
+    "llava15_7b": lambda: llava(4096, 32, 32, 11008),
+    "llava15_13b": lambda: llava(5120, 40, 40, 13824),
 }
 
 
@@ -115,9 +186,16 @@ def main() -> None:
         with torch.device("meta"):
             model = make()
         config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
-        tensors = {key: list(tensor.shape) for key, tensor in model.state_dict().items()}
-        text = json.dumps({"config": config, "tensors": tensors}, separators=(",", ":"), sort_keys=True)
-        (OUT / f"{name}.json.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+        config.pop("_use_default_values", None)  # a set, in another order each time
+        write(name, config, {published_name(key): list(tensor.shape) for key, tensor in model.state_dict().items()})
+    ram = json.loads(gzip.decompress((OUT / "ram.json.gz").read_bytes()))["tensors"]
+    write("dape", None, dape(ram))
+
+
+def write(name: str, config: dict | None, tensors: dict[str, list[int]]) -> None:
+    """One file."""
+    text = json.dumps({"config": config, "tensors": tensors}, separators=(",", ":"), sort_keys=True)
+    (OUT / f"{name}.json.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
 
 
 if __name__ == "__main__":

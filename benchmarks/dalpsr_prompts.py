@@ -1,0 +1,85 @@
+"""Does the degradation prompt matter? The same photos under what IRPAD reads off them, and under other prompts.
+
+    python benchmarks/dalpsr_prompts.py --photos ../shared/photos/val --model dalpsr-nano --out runs/prompts
+
+predicted   IRPAD's words for the photo            wrong   the same with every interval two further on, of four
+none        no words                               fixed   0.25~0.5 of everything, for all photos
+
+Prints mean PSNR-Y, LPIPS-alex and DISTS per recipe and prompt.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import dpir_jax
+
+INTERVALS = ("0~0.25", "0.25~0.5", "0.5~0.75", "0.75~1")
+KINDS = ("predicted", "wrong", "none", "fixed")
+METRICS = "psnr_y,lpips_alex,dists"
+
+
+def other(prompt: str, further: int) -> str:
+    """The prompt with every interval `further` places on, in a circle."""
+    place = {interval: i for i, interval in enumerate(INTERVALS)}
+    return re.sub(r"[0-9.]+~[0-9.]+", lambda found: INTERVALS[(place[found[0]] + further) % 4], prompt)
+
+
+def prompts(predicted: str) -> dict[str, str]:
+    """Every kind of prompt for a photo."""
+    fixed = re.sub(r"[0-9.]+~[0-9.]+", INTERVALS[1], predicted)
+    return dict(zip(KINDS, (predicted, other(predicted, 2), "", fixed)))
+
+
+def dpir(*arguments: object) -> None:
+    """Runs one `dpir` command; a failure ends the benchmark."""
+    subprocess.run([sys.executable, "-m", "dpir_jax", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+
+
+def measure(restored: Path, reference: Path) -> dict:
+    """All of `dpir evaluate`."""
+    report = restored.with_suffix(".json")
+    dpir("evaluate", "--restored", restored, "--reference", reference, "--metrics", METRICS, "--json", report)
+    return json.loads(report.read_text())
+
+
+def main() -> None:
+    """Makes the pairs, restores them, prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, default=Path("../shared/photos/val"))
+    parser.add_argument("--out", type=Path, default=Path("runs/prompts"))
+    parser.add_argument("--model", default="dalpsr-nano", metavar="NAME|DIR")
+    parser.add_argument("--recipes", nargs="*", default=["first_order", "light", "realesrgan"])
+    parser.add_argument("--crop", type=int, default=512)
+    parser.add_argument("--steps", type=int)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    restorer, rows = dpir_jax.load(arguments.model), []
+
+    print("| recipe | prompt | PSNR-Y | LPIPS-alex | DISTS |\n|---|---|---|---|---|")
+    for recipe in arguments.recipes:
+        pairs = arguments.out / recipe
+        if not (pairs / "parameters.json").exists():
+            options = ["--recipe", recipe, "--crop", arguments.crop, "--seed", 0]
+            dpir("degrade", arguments.photos, "--out", pairs, *options)
+        for index, photo in enumerate(sorted((pairs / "lq").glob("*.png"))):
+            options = {"scale": 4, "steps": arguments.steps, "index": index}
+            predicted = restorer(photo, **options)
+            said = prompts(predicted.record["degradation_prompt"])
+            for kind in KINDS:
+                same = kind == "predicted"
+                result = predicted if same else restorer(photo, degradation_prompt=said[kind], **options)
+                result.save(arguments.out / f"{recipe}_{kind}" / photo.name)
+        for kind in KINDS:
+            mean = measure(arguments.out / f"{recipe}_{kind}", pairs / "hq")["mean"]
+            rows.append({"recipe": recipe, "prompt": kind} | mean)
+            print(f"| {recipe} | {kind} | {mean['psnr_y']:.3f} | {mean['lpips_alex']:.4f} | {mean['dists']:.4f} |")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

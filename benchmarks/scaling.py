@@ -1,0 +1,151 @@
+"""What a training step needs and how fast it can be on TPU slices: compiles each ahead of time, writes docs/scaling.md.
+
+    python benchmarks/scaling.py [--results runs/scaling] [--only v5p-8] [--page-only]
+
+Needs libtpu (`pip install 'dpir-jax[tpu]'`) and no TPU. A row that is already measured with the same code is passed
+over, so that the command can be stopped and started again. A row is minutes of compilation; each is a process of its
+own, `dpir compile`.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+SOURCES = ("models", "systems", "degradation", "diffusion", "parallel", "training")  # what a step is made of
+GIB, GB = 2**30, 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A training step: its recipe, overrides of it, and the batch per chip of each generation."""
+
+    name: str
+    config: str
+    overrides: tuple[str, ...]
+    batches: dict[str, int]
+
+
+SIDE = "--config.task.local_crop={0} --config.data.local_crop={0} --config.data.global_crop=1024"
+CASES = (
+    Case("DPIR 512", "configs/dpir_sd3_medium.py:dit", (*SIDE.format(512).split(),), {"v5p": 32, "v5e": 8, "v6e": 16}),
+    Case("DPIR 1024", "configs/dpir_sd3_medium.py:dit", (*SIDE.format(1024).split(),), {"v5p": 8, "v5e": 1, "v6e": 4}),
+)
+SLICES = ("v5p-8", "v5e-16", "v5e-256", "v6e-16", "v5p-128", "v6e-256")
+
+
+def version(case: Case) -> str:
+    """A short checksum of everything that the compiled step depends on."""
+    total = hashlib.sha256()
+    paths = [path for room in SOURCES for path in (ROOT / "dpir_jax" / room).rglob("*.py")]
+    for path in [*sorted(paths), ROOT / case.config.partition(":")[0]]:
+        total.update(path.read_bytes())
+    for package in ("jax", "libtpu", "flax", "optax"):
+        total.update(f"{package} {importlib.metadata.version(package)}".encode())
+    return total.hexdigest()[:12]
+
+
+def row_file(results: Path, case: Case, name: str) -> Path:
+    """Where a row is kept."""
+    return results / f"{case.name.lower().replace(' ', '_')}_{name}.json"
+
+
+def measure(results: Path, case: Case, name: str) -> None:
+    """Compiles one row, unless it is there."""
+    out, batch, key = row_file(results, case, name), case.batches[name.partition("-")[0]], version(case)
+    found = json.loads(out.read_text()) if out.is_file() else {}
+    if (found.get("version"), found.get("batch_per_chip")) == (key, batch):
+        print(f"{case.name} on {name}: is there")
+        return
+    print(f"{case.name} on {name}, {batch} images a chip ...", flush=True)
+    raw = out.with_suffix(".raw.json")
+    command = [sys.executable, "-m", "dpir_jax", "compile", "--config", case.config, "--topology", name]
+    command += ["--batch-per-chip", str(batch), "--json", str(raw), *case.overrides]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode not in (0, 1) or not raw.is_file():
+        raise SystemExit(f"{case.name} on {name} could not be compiled")
+    facts = {"case": case.name, "version": key, "date": str(datetime.date.today()), "cores": os.cpu_count()}
+    facts |= {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
+    facts["machine"] = platform.machine()
+    raw.write_text(json.dumps(facts | json.loads(raw.read_text()), indent=2) + "\n")
+    raw.replace(out)
+
+
+def table(results: Path) -> list[str]:
+    """The rows that are there, as Markdown."""
+    lines = [
+        "| step | slice | images a chip | fits | GiB a chip: state + frozen + activations + program | GB sent a chip: "
+        "all-gather + reduce-scatter + all-reduce + rest | TFLOP a chip | ms: compute, memory, network | bound | "
+        "images/s a chip | compile s (CPU s) | made |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for case in CASES:
+        for name in SLICES:
+            path = row_file(results, case, name)
+            if path.is_file():
+                lines.append(line(json.loads(path.read_text())))
+    return lines
+
+
+def line(row: dict) -> str:
+    """One row."""
+    memory, sent, top = row["memory_per_chip"], row.get("collectives_per_chip", {}), row.get("roofline")
+    state = sum(memory[kind] for kind in ("parameters", "optimizer", "ema"))
+    spare = (memory["available"] - memory["total"]) / GIB
+    fits = f"{spare:.1f} GiB spare" if row["fits"] else f"no, {-spare:.1f} GiB over"
+    kinds = [memory.get(kind) for kind in ("frozen", "activations", "program")]
+    parts = " + ".join("?" if kind is None else f"{kind / GIB:.2f}" for kind in (state, *kinds))
+    moved = [sent.get(kind, 0) for kind in ("all-gather", "reduce-scatter", "all-reduce")]
+    moved.append(sent.get("total", 0) - sum(moved))
+    return " | ".join(
+        (
+            f"| {row['case']}",
+            f"{row['name']} ({row['chips']} chips, {row['sharding']})",
+            f"{row['batch_per_chip']:g}",
+            fits,
+            f"{memory['total'] / GIB:.2f} of {memory['available'] / GIB:.2f}: {parts}",
+            f"{sent['total'] / GB:.1f}: " + " + ".join(f"{part / GB:.1f}" for part in moved) if sent else "?",
+            f"{row['flops_per_chip'] / 1e12:.0f}",
+            ", ".join(f"{1e3 * top[kind]:.0f}" for kind in ("compute", "memory", "network")) if top else "?",
+            top["bound"] if top else "?",
+            f"{top['images_per_second_per_chip']:.1f}" if top else "?",
+            f"{row['seconds']['compile']:.0f} ({row['seconds']['cpu']:.0f})",
+            f"{row['date']}, {row['version']} |",
+        )
+    )
+
+
+def page(results: Path) -> str:
+    """docs/scaling.md."""
+    text = (Path(__file__).parent / "scaling.md").read_text(encoding="utf-8")
+    return text.replace("TABLE\n", "\n".join(table(results)) + "\n")
+
+
+def main() -> None:
+    """Measures what is missing, then writes the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "scaling", help="one JSON file per row")
+    parser.add_argument("--only", action="append", metavar="SLICE", help="these slices alone; may be repeated")
+    parser.add_argument("--case", action="append", metavar="NAME", help="these steps alone; may be repeated")
+    parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
+    arguments = parser.parse_args()
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    for case in CASES:
+        for name in SLICES:
+            wanted = name in (arguments.only or SLICES) and case.name in (arguments.case or [case.name])
+            if wanted and not arguments.page_only:
+                measure(arguments.results, case, name)
+                (ROOT / "docs" / "scaling.md").write_text(page(arguments.results), encoding="utf-8")
+    (ROOT / "docs" / "scaling.md").write_text(page(arguments.results), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

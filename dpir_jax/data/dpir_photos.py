@@ -1,0 +1,184 @@
+"""The TFDS builder `dpir_photos`: a photo collection with captions, sizes, licences and sources, in ArrayRecord files.
+
+    dpir pack PHOTOS --out OUT                          (= build(PHOTOS, OUT))
+    dpir pack PHOTOS --out OUT --beam="--runner=DataflowRunner --project=..."
+
+`PHOTOS` is searched recursively. Its sub-folders `train`, `validation` and `test`, where there are any, become splits;
+else all of it is `train`. What is known of a photo stands in `metadata.jsonl` in the photo's own folder, an object per
+line, as Hugging Face's image folders have it:
+
+    {"file_name": "sea.jpg", "caption": "a rough sea", "license": "CC0-1.0", "source": "https://..."}
+
+A caption may also stand beside the photo, in `NAME.txt`. JPEG and PNG files are kept bit for bit; other formats become
+PNG. Every photo is decoded once here, and what cannot be decoded is left out with a warning, so that a training run
+meets no damaged file. With Beam a folder is the unit of work.
+
+Only this module imports tensorflow-datasets (extra [tfds]). Neither `build` nor reading needs TensorFlow; TFDS's own
+command `tfds build` does.
+"""
+
+import io
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from dpir_jax.errors import InputError
+from dpir_jax.images import SUFFIXES, decode_pixels
+
+log = logging.getLogger(__name__)
+
+SPLITS = ("train", "validation", "test")
+METADATA = "metadata.jsonl"
+KEPT = (b"\xff\xd8\xff", b"\x89PNG\r\n")  # how JPEG and PNG files begin
+
+Example = tuple[str, dict[str, Any]]
+
+
+class DpirPhotos(tfds.core.GeneratorBasedBuilder):
+    """Photographs with captions, upright sizes in pixels, licences and sources."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "--manual_dir is the folder of photos."
+    BUILDER_CONFIGS = (
+        tfds.core.BuilderConfig(name="local", description="Built by this process."),
+        tfds.core.BuilderConfig(name="beam", description="Built by a Beam pipeline."),
+    )
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3), doc="JPEG or PNG file; EXIF orientation not applied."),
+            "name": text(doc="Path in the collection."),
+            "caption": text(doc="May be empty."),
+            "license": text(doc="May be empty."),
+            "source": text(doc="Where the photo is from; may be empty."),
+            "height": tfds.features.Scalar(np.int32, doc="Of the upright photo."),
+            "width": tfds.features.Scalar(np.int32, doc="Of the upright photo."),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self, description=self.__doc__, features=tfds.features.FeaturesDict(features)
+        )
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        root = Path(dl_manager.manual_dir)
+        found = {name: root / name for name in SPLITS if (root / name).is_dir()} or {"train": root}
+        return {name: self._generate_examples(folder) for name, folder in found.items()}
+
+    def _generate_examples(self, root: Path) -> Any:
+        if self.builder_config.name == "local":
+            return all_examples(root)
+        beam = tfds.core.lazy_imports.apache_beam
+        folders = list(map(str, photo_folders(root)))
+        return beam.Create(folders) | beam.Reshuffle() | beam.FlatMap(lambda folder: folder_examples(root, folder))
+
+
+def all_examples(root: Path) -> Iterator[Example]:
+    """(key, example) of every usable photo below a folder."""
+    for folder in photo_folders(root):
+        yield from folder_examples(root, folder)
+
+
+def photo_folders(root: str | Path) -> list[Path]:
+    """The folder and all below it that hold photos, sorted.
+
+    Raises:
+      InputError: none does.
+    """
+    found = sorted({path.parent for path in Path(root).rglob("*") if _is_photo(path)})
+    if not found:
+        raise InputError(f"no photos in {root} (looked for {', '.join(sorted(SUFFIXES))})")
+    return found
+
+
+def folder_examples(root: str | Path, folder: str | Path) -> Iterator[Example]:
+    """(key, example) of the usable photos of one folder, without its sub-folders."""
+    folder = Path(folder)
+    known = read_metadata(folder / METADATA)
+    for path in sorted(filter(_is_photo, folder.iterdir())):
+        name = path.relative_to(root).as_posix()
+        try:
+            data, pixels = _checked(path)
+        except InputError as error:
+            log.warning("left out: %s", error)
+            continue
+        facts = known.get(path.name, {})
+        caption = facts.get("caption") or facts.get("text") or _caption_beside(path)
+        texts = {"caption": caption} | {key: facts.get(key) or "" for key in ("license", "source")}
+        height, width = pixels.shape[:2]
+        yield name, {"image": io.BytesIO(data), "name": name, "height": height, "width": width, **texts}
+
+
+def read_metadata(path: Path) -> dict[str, dict[str, str]]:
+    """The objects of a `metadata.jsonl` by file name; none if there is no such file.
+
+    Raises:
+      InputError: a line that is no JSON object with a `file_name`.
+    """
+    if not path.is_file():
+        return {}
+    known = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        try:
+            facts = json.loads(line)
+            known[facts["file_name"]] = facts
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"{path}, line {number} is no JSON object with a file_name") from error
+    return known
+
+
+def _is_photo(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def _checked(path: Path) -> tuple[bytes, np.ndarray]:
+    """The bytes to store and the upright pixels."""
+    data = path.read_bytes()
+    pixels = decode_pixels(data, str(path))
+    if data.startswith(KEPT):
+        return data, pixels
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue(), pixels
+
+
+def _caption_beside(path: Path) -> str:
+    try:
+        return path.with_suffix(".txt").read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError:
+        return ""
+    except UnicodeDecodeError as error:
+        log.warning("%s is not UTF-8 text (%s); its photo goes without a caption", path.with_suffix(".txt"), error)
+        return ""
+
+
+def build(photos: str | Path, out: str | Path, *, beam: Sequence[str] | None = None) -> Path:
+    """Builds the data set of a folder of photos; returns the folder of its ArrayRecord files.
+
+    What is built already is left as it is.
+
+    Args:
+      photos: the folder.
+      out: where data sets are kept; gets `dpir_photos/local/1.0.0` or `dpir_photos/beam/1.0.0`.
+      beam: flags of a Beam pipeline, e.g. `["--runner=DirectRunner"]`; None: this process builds alone.
+
+    Raises:
+      InputError: no photo, metadata that cannot be read, or Beam is wanted and not installed.
+    """
+    photo_folders(photos)
+    settings = {}
+    if beam is not None:
+        try:
+            from apache_beam.options.pipeline_options import PipelineOptions
+        except ImportError as error:
+            raise InputError("building with Beam needs the package apache-beam") from error
+        settings["beam_options"] = PipelineOptions(list(beam))
+    builder = DpirPhotos(config="local" if beam is None else "beam", data_dir=out, file_format="array_record")
+    download = tfds.download.DownloadConfig(manual_dir=Path(photos).absolute(), **settings)
+    builder.download_and_prepare(download_config=download)
+    return Path(builder.data_path)

@@ -1,0 +1,417 @@
+"""DaLPSR's one stage as a training task.
+
+    "control"   the paper's: UNet, autoencoder and text tower frozen; ControlNet and the image encoder trained (of a RAM
+                its LoRA alone), and with SeeSR's UNet its image attention
+    "joint"     UNet and text tower too, where there is no pre-trained Stable Diffusion to start from
+
+The objective is the system's: noise or velocity on DDPM's path, t uniform over the training levels, or a rectified
+flow. The degradation prompt is worded from the plan that degraded the crop ("oracle"), from what IRPAD reads off it
+("predicted"), or now one, now the other ("mix"). Captions come with the photos (`captioned`) or are worded from the
+good crop: how bright, how colourful and how detailed it is ("attributes").
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dpir_jax import model_folder
+from dpir_jax.data.pipeline import DataConfig, make_dataset
+from dpir_jax.degradation import Recipe, degrade, interval, severities
+from dpir_jax.diffusion import ddpm
+from dpir_jax.diffusion.flow import interpolate, velocity_loss
+from dpir_jax.diffusion.samplers import euler
+from dpir_jax.diffusion.schedule import FlowSchedule, draw_time
+from dpir_jax.errors import InputError
+from dpir_jax.models.controlnet import start_from
+from dpir_jax.models.irpad import IRPAD
+from dpir_jax.models.precision import BFLOAT16, FLOAT32, MIXED
+from dpir_jax.models.ram import RAMConfig
+from dpir_jax.systems import irpad as irpad_system
+from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, Prompt, makers, silence
+from dpir_jax.systems.dalpsr_folder import TOKENIZER, fitting, save_dalpsr
+from dpir_jax.systems.tokenizers import Tokenizer, WordTokenizer, filled, read_tokenizer, windows
+from dpir_jax.training.dpir_tasks import (
+    Critics,
+    PictureLoss,
+    as_float,
+    cut_boxes,
+    from_mapping,
+    picture_loss,
+    sample_crops,
+    upsample,
+)
+
+SYSTEMS = {
+    "tiny": DaLPSRConfig.tiny,
+    "nano": DaLPSRConfig.nano,
+    "sd2": DaLPSRConfig.sd2,
+    "seesr": DaLPSRConfig.seesr,
+}
+
+# --- captions without a captioner ------------------------------------------------------------------------------------
+
+ATTRIBUTES = (("dark", "bright"), ("gray", "colorful"), ("smooth", "detailed"))
+BORDERS = (0.4, 0.15, 0.035)  # luma, saturation, gradient: about the medians of photographs
+
+
+def attribute_caption(number: int) -> str:
+    """The caption of one of the eight combinations of `ATTRIBUTES`."""
+    light, color, texture = (pair[number >> bit & 1] for bit, pair in enumerate(ATTRIBUTES))
+    return f"a {light}, {color}, {texture} photo"
+
+
+def attributes(hq: Float[Array, "B H W 3"]) -> Int[Array, "B"]:
+    """Which combination describes each picture in [0, 1]."""
+    luma = hq.mean(-1)
+    gradient = jnp.abs(jnp.diff(luma, axis=1)).mean((1, 2)) + jnp.abs(jnp.diff(luma, axis=2)).mean((1, 2))
+    measured = luma.mean((1, 2)), (hq.max(-1) - hq.min(-1)).mean((1, 2)), gradient
+    return sum((value > border).astype(jnp.int32) << bit for bit, (value, border) in enumerate(zip(measured, BORDERS)))
+
+
+class _Captioned(Iterator[dict[str, Any]]):
+    """Batches whose captions are token ids."""
+
+    def __init__(self, batches: Any, tokenizer: Tokenizer, rows: int, length: int) -> None:
+        self._batches, self._tokenizer, self._shape = batches, tokenizer, (rows, length)
+        self.get_state, self.set_state = batches.get_state, batches.set_state
+
+    def __next__(self) -> dict[str, Any]:
+        batch, (rows, length) = dict(next(self._batches)), self._shape
+        texts = [windows(self._tokenizer, text, length, rows, what="a caption") for text in batch.pop("caption")]
+        return batch | {"caption": np.stack([filled(self._tokenizer, text, rows, length) for text in texts])}
+
+
+def captioned(
+    *,
+    batch: int,
+    seed: int,
+    tokenizer: str,
+    rows: int,
+    length: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    **fields: Any,
+) -> _Captioned:
+    """A recipe's `data_type` for photos with captions: `data`'s fields, and those of the text tower.
+
+    Args:
+      batch: crops per step.
+      seed: of order and crops.
+      tokenizer: its folder.
+      rows: of the text tower that a caption may fill (`caption_windows`).
+      length: of a row.
+      process_index: which part of each batch is wanted,
+      process_count: of so many equal ones.
+      **fields: of `DataConfig`.
+    """
+    config = DataConfig(batch=batch, seed=seed, captions=True, **fields)
+    batches = make_dataset(config, process_index=process_index, process_count=process_count)
+    return _Captioned(batches, read_tokenizer(tokenizer), rows, length)
+
+
+# --- the task --------------------------------------------------------------------------------------------------------
+
+
+class DaLPSRModel(nnx.Module):
+    """The whole system; IRPAD and the critics where they are needed."""
+
+    def __init__(self, system: DaLPSR, irpad: IRPAD | None, critics: Critics | None) -> None:
+        self.system = system
+        if irpad is not None:
+            self.irpad = irpad
+        if critics is not None:
+            self.critics = critics
+
+
+@dataclasses.dataclass(frozen=True)
+class DaLPSRTask:
+    """How DaLPSR is trained.
+
+    Attributes:
+      system: "nano", "sd2", "seesr" or "tiny". `objective`, `routing`: other than the system's own.
+      init_from: a model folder; every network found in it is read. The autoencoder, E_dr, and what is frozen must be.
+      train: "control" or "joint", see above. `mixed`: frozen networks in bfloat16, trained ones compute in it.
+      recipes: of the degradation, the batch split evenly among them; `scale`; `local_crop`: side of what is restored.
+      degradation: "oracle", "predicted" or "mix", with `predicted_share` of IRPAD's; `irpad`: its model folder.
+      captions: "attributes", "files" (`captioned`) or "none".
+      caption_dropout, degradation_dropout: how often, independently, a text gives way to none.
+      time, shift, start_share: of a flow: the draw of its time, its shift, the share of samples at sigma 1.
+      loss_kind: of a flow: on the estimate of z_0 ("x0") or on the velocity.
+      flow_weight: of the objective; `picture`: extra terms on the decoded estimate (None: the objective alone).
+      photos: folders, for measuring the residual's scale.
+      preview_steps: of the sampler in previews.
+      description, restore, reader: what the exported model says of itself, its own settings for restoring, and the
+        name of the IRPAD that reads photos for it.
+    """
+
+    system: str = "nano"
+    objective: str | None = None
+    routing: str | None = None
+    init_from: str | None = None
+    train: Literal["control", "joint"] = "joint"
+    mixed: bool = False
+    recipes: tuple[str, ...] = ("realesrgan", "light")
+    scale: int = 4
+    local_crop: int = 128
+    degradation: Literal["oracle", "predicted", "mix"] = "oracle"
+    predicted_share: float = 0.3
+    irpad: str | None = None
+    captions: Literal["attributes", "files", "none"] = "attributes"
+    caption_dropout: float = 0.5
+    degradation_dropout: float = 0.1
+    time: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    shift: float = 3.0
+    start_share: float = 0.0
+    loss_kind: Literal["x0", "velocity"] = "x0"
+    flow_weight: float = 1.0
+    picture: PictureLoss | None = None
+    photos: tuple[str, ...] = ()
+    preview_steps: int = 4
+    description: str = "DaLPSR"
+    restore: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    reader: str | None = None
+
+    adversary = None
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("system", tuple(SYSTEMS)),
+            ("train", ("control", "joint")),
+            ("degradation", ("oracle", "predicted", "mix")),
+            ("captions", ("attributes", "files", "none")),
+            ("loss_kind", ("x0", "velocity")),
+        ):
+            if getattr(self, name) not in choices:
+                raise InputError(f"task.{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        if self.degradation != "oracle" and self.irpad is None:
+            raise InputError(f"task.degradation is {self.degradation!r}; task.irpad must name IRPAD's model folder")
+        if self.init_from is None:
+            raise InputError("task.init_from must name a model folder with the networks to start from")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """From a recipe's `task` section."""
+        return from_mapping(cls, config, "task")
+
+    @property
+    def config(self) -> DaLPSRConfig:
+        """The system that is trained."""
+        own = {name: value for name in ("objective", "routing") if (value := getattr(self, name)) is not None}
+        return dataclasses.replace(SYSTEMS[self.system](), **own)
+
+    @property
+    def trainable(self) -> nnx.filterlib.Filter:
+        """See the head of this file."""
+        whole = {"controlnet", "discriminator"} | ({"unet", "text_encoder"} if self.train == "joint" else set())
+        adapted = isinstance(self.config.image_encoder, RAMConfig)
+
+        def trained(path: tuple, variable: Any) -> bool:
+            names = set(map(str, path))
+            if "image_encoder" in names:
+                return not adapted or ("visual_encoder" in names and any(name.endswith("_lora") for name in names))
+            return bool(names & whole) or {"unet", "looks", "image"} <= names
+
+        return trained
+
+    # --- texts -------------------------------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """That of `init_from`; for a text tower that is trained from nothing, the words that training can show it."""
+        folder = Path(self.init_from) / TOKENIZER
+        if folder.is_dir():
+            return fitting(read_tokenizer(folder), self.config, Path(self.init_from))
+        if self.train != "joint":
+            raise InputError(f"{self.init_from} has no {TOKENIZER}")
+        return WordTokenizer.of([*self.degradations, *map(attribute_caption, range(8))])
+
+    @property
+    def degradations(self) -> list[str]:
+        """Every degradation prompt, in the order of the combinations of intervals."""
+        return [
+            irpad_system.prompt(self.config, indices)
+            for indices in np.ndindex(*[self.config.intervals] * len(self.config.types))
+        ]
+
+    def _ids(self, texts: list[str]) -> Int[np.ndarray, "N 1 L"]:
+        length = self.config.text.max_length
+        return np.stack([filled(self.tokenizer, windows(self.tokenizer, t, length, 1), 1, length) for t in texts])
+
+    def _degradation_ids(self, indices: Int[Array, "B types"]) -> Int[Array, "B 1 L"]:
+        places = self.config.intervals ** np.arange(len(self.config.types))[::-1]
+        return jnp.asarray(self._ids(self.degradations))[(indices * places).sum(-1)]
+
+    def _texts(
+        self,
+        model: DaLPSRModel,
+        batch: Mapping[str, Array],
+        pairs: tuple[Array, Array, Array, Array],
+        keys: tuple[jax.Array, ...],
+    ) -> tuple[Int[Array, "B W L"], Int[Array, "B 1 L"]]:
+        """Ids of caption and degradation prompt, before any is dropped."""
+        native, _, hq, labels = pairs
+        if self.degradation != "oracle":
+            seen = self._predicted(model.irpad, native)
+            mixed = jax.random.uniform(keys[0], (len(hq), 1)) < self.predicted_share
+            labels = seen if self.degradation == "predicted" else jnp.where(mixed, seen, labels)
+        if self.captions == "files":
+            caption = batch["caption"]
+        elif self.captions == "attributes":
+            caption = jnp.asarray(self._ids([attribute_caption(i) for i in range(8)]))[attributes(hq)]
+        else:
+            caption = jnp.broadcast_to(self._ids([""]), (len(hq), 1, self.config.text.max_length))
+        return caption, self._degradation_ids(labels)
+
+    def _predicted(self, irpad: IRPAD, native: Float[Array, "B h w 3"]) -> Int[Array, "B types"]:
+        crop = irpad.config.crop
+        short = [max(crop - side, 0) for side in native.shape[1:3]]
+        padded = jnp.pad(native, ((0, 0), (0, short[0]), (0, short[1]), (0, 0)), "symmetric")
+        corners = len(irpad_system.starts(padded.shape[1], crop)) * len(irpad_system.starts(padded.shape[2], crop))
+        looks = irpad_system.batch_looks(padded, crop, min(irpad.config.looks, corners))
+        return jnp.argmax(jax.lax.stop_gradient(irpad(looks)), -1)
+
+    # --- start -------------------------------------------------------------------------------------------------------
+
+    def init(self, key: jax.Array) -> DaLPSRModel:
+        """Reads what `init_from` holds, makes the rest, and measures the residual's scale."""
+        config, rngs, folder = self.config, nnx.Rngs(key), Path(self.init_from)
+        fresh = {"controlnet"} | ({"unet", "text_encoder", "image_encoder"} if self.train == "joint" else set())
+        found = {name for name in makers(config) if (folder / f"{name}.safetensors").is_file()}
+        if missing := sorted(makers(config).keys() - found - fresh):
+            raise InputError(f"task.init_from is {folder}, which has no {missing[0]}.safetensors")
+        networks = {}
+        for name in makers(config):
+            trained = name in fresh or name == "image_encoder"
+            precision = (MIXED if trained else BFLOAT16) if self.mixed else FLOAT32
+            make = makers(config, precision)[name]
+            if name in found:
+                abstract = nnx.eval_shape(lambda make=make: make(nnx.Rngs(0)))
+                networks[name] = model_folder.load_network(folder, name, abstract)
+            else:
+                networks[name] = make(rngs)
+        system = DaLPSR(config, networks=networks)
+        if "controlnet" not in found and "unet" in found:
+            system.controlnet = start_from(system.controlnet, system.unet)
+        if "unet" not in found and config.prediction == "x0":
+            silence(system.unet)
+        if config.flow == "residual":
+            hq = jnp.asarray(sample_crops(self.photos, 128, self.local_crop, seed=1))
+            system.residual_scale.set_value(jax.jit(self._residual_rms)(system, hq, jax.random.key(1)))
+        irpad = None if self.degradation == "oracle" else irpad_system.read_irpad(self.irpad)
+        if irpad is not None and (irpad.config.types, irpad.config.intervals) != (config.types, config.intervals):
+            raise InputError(f"task.irpad is {self.irpad}, which words other types or intervals than the system")
+        critics = Critics(self.picture, rngs=rngs) if self.picture and self.picture.needs_critics else None
+        return DaLPSRModel(system, irpad, critics)
+
+    def _residual_rms(self, system: DaLPSR, hq: Float[Array, "B H W 3"], key: jax.Array) -> Float[Array, "C"]:
+        _, lq, hq, _ = self._pairs(hq, None, key)
+        return jnp.sqrt(jnp.mean(jnp.square(system.encode_hq(hq) - system.encode_lq(lq)), axis=(0, 1, 2)))
+
+    def _pairs(
+        self, whole: Float[Array, "B H W 3"], corners: Int[Array, "B 2"] | None, key: jax.Array
+    ) -> tuple[Float[Array, "B h w 3"], Float[Array, "B S S 3"], Float[Array, "B S S 3"], Int[Array, "B types"]]:
+        """(photos as they come, the same at the target size, originals, intervals) of the local crops."""
+        native, lq, labels = [], [], []
+        for i, (name, part) in enumerate(zip(self.recipes, jnp.array_split(whole, len(self.recipes)))):
+            recipe = Recipe.named(name, scale=self.scale)
+            low, plan = degrade(jax.random.fold_in(key, i), part, recipe)
+            native.append(low)
+            lq.append(upsample(low, self.scale))
+            labels.append(interval(severities(plan, self.config.types), self.config.intervals))
+        native, lq, labels = map(jnp.concatenate, (native, lq, labels))
+        if corners is not None and whole.shape[1] > self.local_crop:
+            lq, whole = (cut_boxes(pictures, corners, self.local_crop) for pictures in (lq, whole))
+        return native, lq, whole, labels
+
+    # --- loss --------------------------------------------------------------------------------------------------------
+
+    def loss(self, model: DaLPSRModel, batch: Mapping[str, Array], key: jax.Array) -> tuple[Array, dict[str, Array]]:
+        """The objective, plus `picture`'s terms on the decoded estimate."""
+        system, keys = model.system, jax.random.split(key, 8)
+        pairs = self._pairs(as_float(batch["hq"]), batch["box"], keys[0])
+        _, lq, hq, _ = pairs
+        caption, degradation = self._texts(model, batch, pairs, (keys[1],))
+        none = jnp.asarray(self._ids([""]))
+
+        def dropped(ids: Array, share: float, key: jax.Array) -> Array:
+            return jnp.where(jax.random.uniform(key, (len(ids), 1, 1)) < share, none, ids)
+
+        caption = dropped(caption, self.caption_dropout, keys[2])
+        degradation = dropped(degradation, self.degradation_dropout, keys[3])
+        prompt, hint = self._prompt(system, lq, caption, degradation)
+
+        lq_latent = jax.lax.stop_gradient(system.encode_lq(lq))
+        x0 = system.to_flow(jax.lax.stop_gradient(system.encode_hq(hq, keys[4])), lq_latent)
+        noise = jax.random.normal(keys[5], x0.shape)
+        objective, estimate = self._objective(system, x0, noise, prompt, hint, keys[6])
+        metrics = {"objective": objective}
+        if self.picture is None:
+            return self.flow_weight * objective, metrics
+        image = system.decode(system.from_flow(estimate, lq_latent))
+        critics = model.critics if self.picture.needs_critics else None
+        extra, terms = picture_loss(self.picture, critics, image, hq, keys[7], self.config.latent_factor)
+        return self.flow_weight * objective + extra, metrics | terms
+
+    def _prompt(
+        self, system: DaLPSR, lq: Float[Array, "B S S 3"], caption: Array, degradation: Array
+    ) -> tuple[Prompt, Float[Array, "B h w D"]]:
+        texts = system.route(system.read(caption), system.read(degradation))
+        return Prompt(*texts, system.look(lq)), system.controlnet.hint(lq)
+
+    def _objective(
+        self, system: DaLPSR, x0: Array, noise: Array, prompt: Prompt, hint: Array, key: jax.Array
+    ) -> tuple[Float[Array, ""], Float[Array, "B h w C"]]:
+        """The loss, and what the network takes for the clean variable."""
+        count, keys = len(x0), jax.random.split(key)
+        if (schedule := self.config.schedule) is not None:
+            timestep = jax.random.randint(keys[0], (count,), 0, schedule.train_levels)
+            z = schedule.noised(x0, noise, timestep)
+            output = system.output(z, timestep, prompt, hint)
+            alpha, sigma = (level[:, None, None, None] for level in schedule.level(timestep))
+            error = output - schedule.target(x0, noise, timestep)
+            return jnp.mean(jnp.square(error)), schedule.x0(output, z, alpha, sigma)
+        sigma = FlowSchedule(shift=self.shift).training_sigma(draw_time(keys[0], (count,), self.time))
+        sigma = jnp.where(jax.random.uniform(keys[1], (count,)) < self.start_share, 1.0, sigma)
+        velocity, estimate = system.predict(interpolate(x0, noise, sigma), sigma, prompt, hint)
+        if self.loss_kind == "velocity":
+            return velocity_loss(velocity, x0, noise), estimate
+        return jnp.mean(jnp.square(estimate - x0)), estimate
+
+    # --- shown and written -------------------------------------------------------------------------------------------
+
+    def sample(
+        self, system: DaLPSR, lq_latent: Float[Array, "B h w C"], prompt: Prompt, hint: Array, key: jax.Array
+    ) -> Float[Array, "B H W 3"]:
+        """The system's own sampling, for pictures of the training size, without guidance."""
+        noise, steps = jax.random.normal(key, lq_latent.shape), self.preview_steps
+        if (schedule := self.config.schedule) is None:
+            sigmas = FlowSchedule(shift=self.shift).sampling_table(steps, steps)
+            z0 = euler(lambda z, sigma: system.predict(z, sigma, prompt, hint)[0], noise, sigmas, steps)
+        else:
+            last = jnp.full(len(noise), schedule.train_levels - 1)
+            z, table = schedule.noised(lq_latent, noise, last), schedule.table("dpm++", steps, steps)
+            z0 = ddpm.sample(lambda z, t: system.output(z, t, prompt, hint), z, schedule, table, steps)
+        return system.decode(system.from_flow(z0, lq_latent))
+
+    def preview(self, model: DaLPSRModel, batch: Mapping[str, Array], key: jax.Array) -> Float[Array, "B H W 3"]:
+        """Rows of upsampled input | decoded latent of it | sampled | original, under the training's own prompts."""
+        system = model.system
+        pairs = self._pairs(as_float(batch["hq"]), batch["box"], key)
+        _, lq, hq, _ = pairs
+        prompt, hint = self._prompt(system, lq, *self._texts(model, batch, pairs, (key,)))
+        lq_latent = system.encode_lq(lq)
+        sampled = self.sample(system, lq_latent, prompt, hint, key)
+        return jnp.clip(jnp.concatenate([lq, system.decode(lq_latent), sampled, hq], 2), 0, 1)
+
+    def export(self, model: DaLPSRModel, out: Path) -> None:
+        """Writes the whole system, as `dpir restore --model` takes it, in float16."""
+        says = {"description": self.description, "restore": self.restore, "irpad": self.reader}
+        save_dalpsr(out, model.system, self.tokenizer, **says, dtype=jnp.float16)

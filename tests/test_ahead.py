@@ -1,0 +1,274 @@
+"""Compiling for chips that are not there: names, counting, and a real compilation for a TPU slice."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from dpir_jax.cli import main
+from dpir_jax.errors import InputError
+from dpir_jax.models.attention import attention, use_attention_backend
+from dpir_jax.parallel import hlo
+from dpir_jax.parallel.flops import count_flops
+from dpir_jax.parallel.roofline import Roofline, roofline
+from dpir_jax.parallel.topologies import GENERATIONS, GIB, devices, parse_topology
+from dpir_jax.training import ahead
+from dpir_jax.training.config import load_recipe
+from tests.toy_task import Toy, ToyTask
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "torus", "chips"),
+    [
+        ("v5e-1", "v5e:1x1", 1),
+        ("v5e-16", "v5e:4x4", 16),
+        ("v5e-256", "v5e:16x16", 256),
+        ("v5p-8", "v5p:2x2x1", 4),
+        ("v5p-128", "v5p:4x4x4", 64),
+        ("V6E-8", "v6e:2x4", 8),
+    ],
+)
+def test_names_of_slices(name, torus, chips):
+    topology = parse_topology(name)
+    assert (str(topology), topology.chips, topology.name) == (torus, chips, name.lower())
+    assert parse_topology(torus) == topology
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("v7-8", "expected v5e, v5p, v6e"),
+        ("v5e", "expected v5e, v5p, v6e"),
+        ("v5e-17", "there are v5e-1, v5e-4"),
+        ("v5p-4", "there are v5p-8"),
+        ("v5e:3x3", "no v5e torus"),
+        ("v5p:4x4", "no v5p torus"),
+        ("v5e:0x4", "no v5e torus"),
+    ],
+)
+def test_unknown_slices(name, says):
+    with pytest.raises(InputError, match=says):
+        parse_topology(name)
+
+
+# --- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+def flops_of(function, *shapes):
+    abstract = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes)
+    return count_flops(jax.jit(function).trace(*abstract).jaxpr)
+
+
+def test_flops_of_products_and_convolutions():
+    assert flops_of(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (2, 3, 4), (2, 4, 5)) == 2 * 2 * 3 * 4 * 5
+    layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": 2, "padding": [(1, 1), (1, 1)]}
+    grouped = functools.partial(jax.lax.conv_general_dilated, window_strides=(2, 2), **layout)
+    assert flops_of(grouped, (2, 10, 10, 6), (3, 3, 3, 8)) == 2 * (2 * 5 * 5 * 8) * (3 * 3 * 3)
+
+
+def test_flops_of_loops_branches_and_recomputation():
+    def layers(x, w, wrap=lambda body: body):
+        return jnp.sum(jax.lax.scan(wrap(lambda x, w: (jnp.sin(x @ w), None)), x, w)[0])
+
+    once = 2 * 4 * 8 * 8
+    shapes = (4, 8), (5, 8, 8)
+    assert flops_of(layers, *shapes) == 5 * once
+    assert flops_of(jax.grad(layers, (0, 1)), *shapes) == 3 * 5 * once
+    assert flops_of(jax.grad(lambda x, w: layers(x, w, jax.checkpoint), (0, 1)), *shapes) == 4 * 5 * once
+    assert (
+        flops_of(lambda x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ x @ x, lambda x: x @ x, x), (8, 8)) == 2 * 2 * 8**3
+    )
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    local = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
+    assert flops_of(local, (8, 3)) == 4 * 2 * 2 * 2 * 3
+
+
+def test_flops_of_the_attention_kernel():
+    with use_attention_backend("splash"):
+        found = flops_of(attention, (2, 4096, 3, 64), (2, 4096, 3, 64), (2, 4096, 3, 64))
+    assert found == 2 * 2 * 2 * 3 * 4096**2 * 64
+
+
+# --- traffic ---------------------------------------------------------------------------------------------------------
+
+PROGRAM = """HloModule jit_f, num_partitions=8
+
+%sliced (p0: f32[6,16,128], p1: s32[]) -> f32[16,128] {
+  %p0 = f32[6,16,128]{2,1,0:T(8,128)} parameter(0)
+  %p1 = s32[]{:T(128)} parameter(1)
+  ROOT %ds = f32[1,16,128]{2,1,0:T(8,128)} dynamic-slice(%p0, %p1), dynamic_slice_sizes={1,16,128}
+}
+
+%all-reduce-scatter.1 (p: f32[128,128]) -> f32[16,128] {
+  %p = f32[128,128]{1,0:T(8,128)} parameter(0)
+  %ar = f32[128,128]{1,0:T(8,128)} all-reduce(%p), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %ds = f32[16,128]{1,0:T(8,128)} dynamic-slice(%ar), dynamic_slice_sizes={16,128}
+}
+
+%body (s: (s32[], f32[6,16,128])) -> (s32[], f32[6,16,128]) {
+  %s = (s32[]{:T(128)}, f32[6,16,128]{2,1,0:T(8,128)}) parameter(0)
+  %n = s32[]{:T(128)S(6)} get-tuple-element(%s), index=0
+  %w = f32[6,16,128]{2,1,0:T(8,128)} get-tuple-element(%s), index=1
+  %piece = f32[16,128]{1,0:T(8,128)S(1)} fusion(%w, %n), kind=kLoop, calls=%sliced
+  %ag = f32[128,128]{1,0:T(8,128)S(1)} all-gather(%piece), channel_id=1, replica_groups=mesh['a'=2,'b'=4] {'a','b'}
+  %rs = f32[16,128]{1,0:T(8,128)S(1)} fusion(%ag), kind=kCustom, calls=%all-reduce-scatter.1
+  ROOT %t = (s32[]{:T(128)}, f32[6,16,128]{2,1,0:T(8,128)}) tuple(%n, %w)
+}
+
+%condition (s: (s32[], f32[6,16,128])) -> pred[] {
+  %s = (s32[]{:T(128)}, f32[6,16,128]{2,1,0:T(8,128)}) parameter(0)
+  %limit = s32[]{:T(128)} constant(6)
+  %n = s32[]{:T(128)} get-tuple-element(%s), index=0
+  ROOT %lt = pred[]{:T(512)} compare(%n, %limit), direction=LT
+}
+
+ENTRY %main (w: f32[6,16,128], x: bf16[3,5]) -> bf16[3,5] {
+  %w = f32[6,16,128]{2,1,0:T(8,128)} parameter(0)
+  %x = bf16[3,5]{1,0:T(8,128)(2,1)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %t = (s32[]{:T(128)}, f32[6,16,128]{2,1,0:T(8,128)}) tuple(%zero, %w)
+  %loop = (s32[]{:T(128)}, f32[6,16,128]{2,1,0:T(8,128)}) while(%t), condition=%condition, body=%body
+  ROOT %sum = bf16[3,5]{1,0:T(8,128)(2,1)} all-reduce(%x), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
+}
+"""
+
+
+def test_traffic_of_a_program():
+    found = hlo.traffic(PROGRAM)
+    assert found.collectives == {
+        "all-gather": 6 * 7 / 8 * 128 * 128 * 4,
+        "reduce-scatter": 6 * 7 / 8 * 128 * 128 * 4,
+        "all-reduce": 2 * 3 / 4 * 3 * 5 * 2,
+    }
+    assert found.memory == 6 * 16 * 128 * 4 + 2 * 8 * 128 * 2  # slices of w; x and its sum in whole tiles
+    assert found.unknown_loops == 0
+
+
+def test_traffic_of_a_compiled_program():
+    """XLA's text for eight CPU devices: the weights of a loop are gathered in each round."""
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
+    cut, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((None, "fsdp"), ()))
+    w = jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=cut)
+    x = jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=whole)
+
+    def layers(x, w):
+        gathered = lambda w: jax.lax.with_sharding_constraint(w, whole)  # noqa: E731
+        return jax.lax.scan(lambda x, w: (jnp.sin(x @ gathered(w)), None), x, w)[0]
+
+    found = hlo.traffic(jax.jit(layers).lower(x, w).compile().as_text())
+    assert found.collectives == {"all-gather": 5 * 7 / 8 * 64 * 64 * 4}
+    assert found.unknown_loops == 0
+
+
+def test_the_roofline_is_the_slowest_resource():
+    chip = GENERATIONS["v5e"].chip
+    line = roofline(chip, 197e12, 819e9 * 2, 200e9 * 3)
+    assert line == Roofline(1.0, 2.0, 3.0)
+    assert (line.step, line.bound) == (3.0, "network")
+
+
+def test_what_a_refused_program_needed():
+    message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm. Exceeded"
+    assert ahead.needed(message, 7.0) == 24.5 * GIB
+    message = (
+        "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (39.73G) exceeds available HBM (15.75G)."
+    )
+    assert ahead.needed(message, 7.0) == 39.73 * GIB + 7
+
+
+# --- the step --------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class TracedToyTask(ToyTask):
+    """The toy task, whose networks can be made inside of a trace."""
+
+    def create(self, key):
+        return Toy(self.width, rngs=nnx.Rngs(key))
+
+    def load(self, model):
+        return model
+
+
+@pytest.fixture
+def recipe():
+    return load_recipe("tests/ahead_recipe.py", ["--config.task.width=128"])
+
+
+def test_a_step_compiled_for_a_tpu_slice(recipe):
+    found = ahead.compile_for(recipe, parse_topology("v5e-8"), 2)
+    assert found["fits"]
+    assert list(found)[:3] == ["fits", "topology", "name"]
+    assert (found["chips"], found["batch"]) == (8, 16)
+    pixels, width = 16 * 8 * 8, 128
+    kernels = 9 * 3 * width * 2, 4 * width * width * 2  # multiply-adds of the outer convolutions, and of two blocks
+    trained = 2 * pixels * (3 * sum(kernels) - 9 * 3 * width)  # the picture itself needs no gradient
+    teacher = 2 * pixels * 9 * 3 * 3
+    assert found["flops_per_chip"] == (trained + teacher) / 8
+    memory = found["memory_per_chip"]
+    assert memory["optimizer"] == pytest.approx(2 * memory["parameters"], rel=0.02)
+    assert memory["batch"] == 2 * 8 * 8 * 3 * 4
+    assert memory["parameters"] < memory["total"] < memory["available"] == 15.75 * GIB
+    weights = 4 * 4 * width * width  # bytes of the two blocks' matrices
+    assert found["collectives_per_chip"]["total"] > 7 / 8 * weights  # gathered, and their gradients scattered
+    assert found["roofline"]["images_per_second_per_chip"] > 0
+    assert json.dumps(found)
+    assert "fits, " in ahead.describe(found)
+
+
+def test_a_step_that_does_not_fit():
+    wide = load_recipe("tests/ahead_recipe.py", ["--config.task.width=32768"])
+    found = ahead.compile_for(wide, parse_topology("v5e-8"), 2)
+    assert not found["fits"]
+    assert found["memory_per_chip"]["parameters"] == pytest.approx(4 * 4 * 2 * 32768**2 / 8, rel=0.01)
+    assert found["memory_per_chip"]["total"] > 3 * found["memory_per_chip"]["parameters"]
+    assert "does not fit" in ahead.describe(found)
+
+
+def test_a_step_measured_on_the_devices_here():
+    found = ahead.measure(load_recipe("tests/ahead_recipe.py"), 1)
+    assert found["fits"]
+    assert found["measured"]["images_per_second_per_chip"] == 1 / found["measured"]["step"]
+    assert "measured:" in ahead.describe(found)
+
+
+def test_the_best_of_a_search():
+    def report(fits, speed, total):
+        return {
+            "fits": fits,
+            "roofline": {"images_per_second_per_chip": speed},
+            "memory_per_chip": {"total": total},
+        }
+
+    reports = [report(True, 1.0, 5), report(True, 2.0, 9), report(True, 2.0, 7), report(False, 9.0, 1)]
+    assert ahead.best(reports) is reports[2]
+    assert ahead.best(reports[3:]) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--topology", "v9-8"], "the topology is 'v9-8'"),
+        (["--topology", "v5e-8", "--config.nothing=1"], "--config.nothing: the recipe has no such setting"),
+        (["--search"], "--search needs a --topology"),
+        (["--topology", "v5e-8", "--batch-per-chip", "0"], "the batch per chip is 0"),
+        (["--topology", "v5e-8", "--config.batch=9"], "batch is 9"),
+        (["--topology", "v5e-8", "--config.mesh.fsdp=3"], "needs 3 devices"),
+    ],
+)
+def test_wrong_settings_end_with_a_sentence(arguments, says, capsys):
+    assert main(["compile", "--config", "tests/ahead_recipe.py", *arguments]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_without_libtpu_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'dpir-jax\[tpu\]'"):
+        devices(parse_topology("v5e-4"))

@@ -1,0 +1,263 @@
+"""DaLPSR's training with a tiny system: what is trained under each rule, what it starts from, what it is told."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from dpir_jax import model_folder
+from dpir_jax.diffusion.ddpm import DDPMSchedule
+from dpir_jax.errors import InputError
+from dpir_jax.models.attention import use_attention_backend
+from dpir_jax.models.irpad import IRPAD, IRPADConfig
+from dpir_jax.models.patch_autoencoder import PatchAutoencoder, PatchEncoder
+from dpir_jax.models.precision import FLOAT32
+from dpir_jax.models.ram import RAMConfig
+from dpir_jax.parallel.mesh import MeshConfig, make_mesh
+from dpir_jax.parallel.sharding import parameter_shardings
+from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, makers
+from dpir_jax.systems.dalpsr_folder import read_dalpsr, write_tokenizer
+from dpir_jax.systems.irpad import save_irpad
+from dpir_jax.systems.tokenizers import WordTokenizer
+from dpir_jax.training import dalpsr_task
+from dpir_jax.training.dalpsr_task import DaLPSRTask, attribute_caption, attributes, captioned
+from dpir_jax.training.state import split
+from tests.networks import quick_jit, random_dalpsr, random_network
+
+CONFIG = DaLPSRConfig.tiny()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        small = rng.uniform(0, 255, (8, 8, 3)).astype(np.uint8)
+        Image.fromarray(small).resize((48, 48), Image.Resampling.BICUBIC).save(folder / f"{i}.png")
+    (folder / "0.txt").write_text("a gray photo")
+    (folder / "1.txt").write_text("a dark, detailed photo " * 9)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage_one(tmp_path_factory):
+    """A folder with autoencoder and E_dr."""
+    networks = {
+        "autoencoder": random_network(lambda: PatchAutoencoder(CONFIG.autoencoder, rngs=nnx.Rngs(0))),
+        "robust_encoder": random_network(lambda: PatchEncoder(CONFIG.robust_encoder, rngs=nnx.Rngs(0))),
+    }
+    return model_folder.save_networks(tmp_path_factory.mktemp("stage1") / "model", {}, networks)
+
+
+def make_task(photos, stage_one, **changes):
+    settings = {
+        "system": "tiny",
+        "recipes": ("native",),
+        "scale": 1,
+        "local_crop": 32,
+        "photos": (str(photos),),
+        "init_from": str(stage_one),
+        "caption_dropout": 0.3,
+    }
+    return DaLPSRTask.from_config(settings | changes)
+
+
+@pytest.fixture(scope="module")
+def task(photos, stage_one):
+    return make_task(photos, stage_one)
+
+
+@pytest.fixture(scope="module")
+def model(task):
+    def random(make):
+        traced = lambda rngs: "Tracer" in type(rngs.params()).__name__  # noqa: E731 -- shapes alone are wanted
+        return lambda rngs: make(rngs) if traced(rngs) else random_network(lambda: make(nnx.Rngs(0)))
+
+    def quick(config, precision=FLOAT32):
+        return {name: random(make) for name, make in makers(config).items()}
+
+    with pytest.MonkeyPatch.context() as patch:  # neither initialisers nor a degradation are compiled
+        patch.setattr(dalpsr_task, "makers", quick)
+        patch.setattr(DaLPSRTask, "_residual_rms", lambda self, system, hq, key: jnp.arange(1.0, 5.0))
+        return task.init(jax.random.key(0))
+
+
+BATCH = {
+    "hq": np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), np.uint8),
+    "box": np.zeros((2, 2), np.int32),
+}
+
+
+def test_training_starts_at_the_encoder_and_reaches_what_it_should(task, model, stage_one, monkeypatch, tmp_path):
+    theirs = model_folder.load_network(stage_one, "robust_encoder", model.system.robust_encoder)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(theirs), nnx.state(model.system.robust_encoder))
+    np.testing.assert_array_equal(model.system.residual_scale[...], [1, 2, 3, 4])
+    assert not np.any(model.system.unet.conv_out.kernel[...])
+
+    networks, params, _, frozen = split(model, task)
+    assert not [name for name in params if name.split(".")[1] in ("autoencoder", "robust_encoder")]
+    mesh = make_mesh(MeshConfig(data=1, fsdp=-1))  # every parameter has a place on a mesh
+    parameter_shardings(networks.axes, {name: value.shape for name, value in (params | frozen).items()}, mesh)
+
+    blurred = jnp.asarray(BATCH["hq"], jnp.float32)[:, ::-1] / 255  # in the place of a degradation, which is slow
+    labels = jnp.asarray([[0, 1, 2], [3, 3, 0]])
+    monkeypatch.setattr(DaLPSRTask, "_pairs", lambda self, whole, corners, key: (blurred, blurred, whole, labels))
+
+    @quick_jit
+    def gradient(params, frozen):
+        return jax.value_and_grad(
+            lambda params: task.loss(networks.merge(params, {}, frozen), BATCH, jax.random.key(5)), has_aux=True
+        )(params)
+
+    losses, reached = [], set()
+    with use_attention_backend("xla"):
+        for _ in range(3):  # the last layer starts at zero: what lies before it is reached later
+            (loss, _), gradients = gradient(params, frozen)
+            reached |= {name for name, value in gradients.items() if np.any(value)}
+            params = {name: value - 0.02 * gradients[name] for name, value in params.items()}
+            losses.append(float(loss))
+    assert losses[2] < losses[1] < losses[0]
+    for part in ("unet", "controlnet.trunk", "controlnet.hint", "text_encoder", "image_encoder"):
+        assert any(part in name for name in reached), f"nothing in {part} was trained"
+
+    task.export(networks.merge(params, {}, frozen), tmp_path / "model")
+    settings = model_folder.read_config(tmp_path / "model")
+    system, tokenizer = read_dalpsr(tmp_path / "model", settings)
+    assert settings["residual_scale"] == [1, 2, 3, 4]
+    assert tokenizer == task.tokenizer
+    assert system.config == task.config
+
+
+@pytest.mark.parametrize("image_attention", [False, True])
+def test_the_published_freeze_rules(photos, stage_one, image_attention, monkeypatch):
+    looking = dataclasses.replace(CONFIG.unet, image_context_dim=12)
+    config = dataclasses.replace(
+        CONFIG,
+        image_encoder=RAMConfig.tiny().adapted(2),
+        unet=looking if image_attention else CONFIG.unet,
+        controlnet=dataclasses.replace(CONFIG.controlnet, unet=looking),
+    )
+    monkeypatch.setattr(DaLPSRTask, "config", property(lambda self: config))
+    task = make_task(photos, stage_one, train="control")
+    system = random_dalpsr(config)
+    names = [".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(system, task.trainable))]
+    parts = {part: [n for n in names if n.startswith(part)] for part in ("controlnet.", "image_encoder.", "unet.")}
+    assert sum(map(len, parts.values())) == len(names)
+    assert len(parts["controlnet."]) == len(nnx.to_flat_state(nnx.state(system.controlnet)))
+    assert parts["image_encoder."]
+    assert all("visual_encoder" in name and "_lora." in name for name in parts["image_encoder."])
+    assert bool(parts["unet."]) == image_attention
+    assert all(".looks.image." in name for name in parts["unet."])
+
+
+@pytest.mark.parametrize("objective", ["epsilon", "velocity", "flow"])
+def test_a_network_that_knows_has_no_loss(photos, stage_one, objective, monkeypatch):
+    x0, noise = (jax.random.normal(jax.random.key(i), (2, 4, 4, 4)) for i in range(2))
+    config = dataclasses.replace(CONFIG, objective=objective, flow="latent", prediction="velocity")
+    monkeypatch.setattr(DaLPSRTask, "config", property(lambda self: config))
+    task = make_task(photos, stage_one, start_share=0.5)
+
+    def output(z, timestep, prompt, hint):
+        if objective == "flow":
+            return noise - x0
+        return DDPMSchedule(objective).target(x0, noise, timestep)
+
+    system = SimpleNamespace(config=config, output=output)
+    system.predict = lambda *arguments: DaLPSR.predict(system, *arguments)
+    loss, estimate = task._objective(system, x0, noise, None, None, jax.random.key(3))
+    np.testing.assert_allclose(loss, 0, atol=1e-9)
+    np.testing.assert_allclose(estimate, x0, atol=1e-3)
+
+
+def test_pairs_come_with_their_degradation(task, model):
+    shapes = jax.eval_shape(task._pairs, jnp.zeros((4, 40, 40, 3)), jnp.zeros((4, 2), jnp.int32), jax.random.key(0))
+    assert [x.shape for x in shapes] == [(4, 40, 40, 3), (4, 32, 32, 3), (4, 32, 32, 3), (4, 3)]
+    rows = jax.eval_shape(task.preview, model, BATCH, jax.random.key(0)).shape
+    assert rows == (2, 32, 4 * 32, 3)
+
+
+def test_prompts_say_what_was_done(task):
+    words = task.tokenizer
+    texts = [
+        " ".join(words.words[i - words.first] for i in row if i >= words.first)
+        for row in task._ids(task.degradations)[:, 0]
+    ]
+    ids = np.asarray(task._degradation_ids(jnp.asarray([[0, 0, 0], [3, 1, 2]])))[:, 0]
+    said = [texts[int(np.flatnonzero((task._ids(task.degradations)[:, 0] == row).all(1))[0])] for row in ids]
+    assert said == [
+        "deblur with sigma 0~0.25 , denoise with sigma 0~0.25 , dejpeg with sigma 0~0.25",
+        "deblur with sigma 0.75~1 , denoise with sigma 0.25~0.5 , dejpeg with sigma 0.5~0.75",
+    ]
+
+
+def test_attributes():
+    rng = np.random.default_rng(0)
+    noisy = rng.uniform(0.5, 1, (16, 16, 3))
+    blue = np.broadcast_to([0.0, 0.1, 0.6], (16, 16, 3))
+    numbers = np.asarray(attributes(jnp.asarray(np.stack([noisy, blue]), jnp.float32)))
+    assert [attribute_caption(n) for n in numbers] == [
+        "a bright, colorful, detailed photo",
+        "a dark, colorful, smooth photo",
+    ]
+
+
+def test_predicted_and_mixed_prompts(photos, stage_one, tmp_path, monkeypatch):
+    network = random_network(lambda: IRPAD(IRPADConfig.tiny(), rngs=nnx.Rngs(0)))
+    reader = save_irpad(tmp_path / "irpad", network, description="")
+    pairs = (jnp.zeros((8, 20, 20, 3)), None, jnp.zeros((8, 20, 20, 3)), jnp.zeros((8, 3), jnp.int32))
+    monkeypatch.setattr(DaLPSRTask, "_predicted", lambda self, irpad, native: jnp.full((len(native), 3), 2))
+    shares = {}
+    for source in ("predicted", "mix"):
+        task = make_task(photos, stage_one, degradation=source, irpad=str(reader), predicted_share=0.5)
+        ids = task._texts(SimpleNamespace(irpad=network), {}, pairs, (jax.random.key(1),))[1]
+        shares[source] = float((ids == task._degradation_ids(jnp.full((8, 3), 2))).all((1, 2)).mean())
+    assert shares["predicted"] == 1
+    assert 0 < shares["mix"] < 1
+    with pytest.raises(InputError, match=r"task.irpad must name"):
+        make_task(photos, stage_one, degradation="mix")
+
+
+def test_irpad_reads_crops_that_are_smaller_than_it_looks(task):
+    network = random_network(lambda: IRPAD(IRPADConfig.tiny(), rngs=nnx.Rngs(0)))
+    shape = jax.eval_shape(lambda net, x: task._predicted(net, x), network, jnp.zeros((2, 12, 12, 3))).shape
+    assert shape == (2, 3)
+
+
+def test_captions_become_token_ids(photos, tmp_path):
+    words = tmp_path / "tokenizer"
+    write_tokenizer(words, WordTokenizer(("a", "gray", "photo")))
+    data = {"folders": (str(photos),), "local_crop": 32, "global_crop": 32}
+    batches = captioned(batch=3, seed=0, tokenizer=str(words), rows=2, length=8, **data)
+    ids = next(batches)["caption"]
+    assert ids.shape == (3, 2, 8)
+    texts = {tuple(row) for row in ids[:, 0]}
+    assert (1, 3, 4, 5, 2, 0, 0, 0) in texts  # "a gray photo"
+    assert (1, 2, 0, 0, 0, 0, 0, 0) in texts  # none
+    position = batches.get_state()
+    following = next(batches)["caption"]
+    batches.set_state(position)
+    np.testing.assert_array_equal(next(batches)["caption"], following)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"system": "large"}, "task.system is 'large'"),
+        ({"train": "all"}, "task.train is 'all'"),
+        ({"init_from": None}, "task.init_from must name"),
+        ({"colour": 1}, "task.colour is not a setting"),
+    ],
+)
+def test_settings_that_cannot_be(photos, stage_one, changes, words):
+    with pytest.raises(InputError, match=words):
+        make_task(photos, stage_one, **changes)
+
+
+def test_what_is_frozen_has_to_be_there(photos, stage_one):
+    with pytest.raises(InputError, match=r"has no image_encoder.safetensors"):
+        make_task(photos, stage_one, train="control").init(jax.random.key(0))

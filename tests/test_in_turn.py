@@ -1,0 +1,63 @@
+"""Frozen networks that take a device's pictures a few at a time: the same numbers."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dpir_jax.errors import InputError
+from dpir_jax.models.autoencoder import AutoencoderConfig
+from dpir_jax.models.placement import use_placement
+from dpir_jax.parallel.mesh import MeshConfig, make_mesh
+from dpir_jax.parallel.sharding import FSDP, placement
+from dpir_jax.systems.dpir import DPIR, DPIRConfig
+from dpir_jax.training.dpir_tasks import DiTTask, in_turn
+from tests.toy_task import random_weights
+
+
+def test_in_turn_gives_each_sample_its_own_result():
+    samples = {"x": jnp.arange(24.0).reshape(24, 1), "key": jax.random.split(jax.random.key(0), 24)}
+    weight = jnp.float32(3)
+
+    def function(samples):
+        assert len(samples["x"]) <= 2
+        return weight * samples["x"] + jax.vmap(jax.random.normal)(samples["key"])[:, None]
+
+    expected = 3 * samples["x"] + jax.vmap(jax.random.normal)(samples["key"])[:, None]
+    mesh = make_mesh(MeshConfig(data=2, fsdp=4))
+    for where in (None, placement(mesh, FSDP)):
+
+        def run(samples, where=where):
+            with use_placement(where):
+                return in_turn(function, 2)(samples)
+
+        np.testing.assert_allclose(jax.jit(run)(samples), expected, rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def system():
+    auto = AutoencoderConfig.tiny()
+    config = dataclasses.replace(DPIRConfig.tiny(), autoencoder=auto, robust_encoder=auto, t5=None)
+    return random_weights(lambda: DPIR(config, rngs=nnx.Rngs(0)), 0)
+
+
+def test_both_encoders_in_one_loop(system):
+    lq, hq = jax.random.uniform(jax.random.key(1), (2, 2, 16, 16, 3))
+    key = jax.random.key(2)
+    found = jax.jit(lambda s, *a: s.encode_pair(*a))(system, lq, hq, key)
+    expected = jax.jit(lambda s, lq, hq, key: (s.encode_lq(lq), s.encode_hq(hq, key)))(system, lq, hq, key)
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert jnp.abs(found[0] - system.encode_hq(lq)).max() > 0.01  # the two encoders differ
+
+
+def test_text_from_the_data_leaves_the_text_encoder_out():
+    task = DiTTask.from_config({"system": "tiny", "text_input": True})
+    assert task.config.t5 is None
+    assert task.inputs["text"][0] == (5, DPIRConfig.tiny().t5.width)
+    assert DiTTask.from_config({"system": "tiny"}).inputs == {}
+    with pytest.raises(InputError, match="takes no text"):
+        DiTTask.from_config({"system": "nano", "text_input": True})

@@ -1,0 +1,151 @@
+"""What a run tells: times to completion, waiting, loss by time, the summary, the picture of the curves, the trace."""
+
+import json
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpir_jax.cli import main
+from dpir_jax.errors import InputError
+from dpir_jax.training import clock as clocks
+from dpir_jax.training.clock import StepClock, Tick, spent
+from dpir_jax.training.loop import _mean
+from dpir_jax.training.report import find_runs, format_summary, read_run, sparkline
+from dpir_jax.training.time_bins import loss_by_time
+from tests.test_resume import ROOT
+
+RECIPE = str(ROOT / "tests" / "toy_recipe.py")
+
+# --- times -----------------------------------------------------------------------------------------------------------
+
+
+def test_where_the_time_goes():
+    ticks = [
+        Tick(0, 0, handed=10, done=14),  # busy 4
+        Tick(11, 13, handed=13, done=18),  # fetched in time: idle 0, busy 4
+        Tick(15, 22, handed=23, done=25),  # idle 5, of which 4 (from 18 to 22) for data; busy 2
+    ]
+    found = spent(ticks)
+    assert found == pytest.approx({"step_seconds": 10 / 3, "data_wait": 4 / 15, "host_wait": 1 / 15})
+    assert spent(ticks[1:], last=14)["data_wait"] == pytest.approx(4 / 11)
+    assert spent([]) == {}
+
+
+def test_a_step_is_timed_to_its_completion(monkeypatch):
+    """The result is there 0.2 s after the step was handed over; a clock around the call would say zero."""
+    monkeypatch.setattr(jax, "block_until_ready", lambda event: event.wait())
+    clock = StepClock()
+    for wait in (0.0, 0.3):
+        with clock.fetching():
+            time.sleep(wait)
+        done = threading.Event()
+        clock.handed(done)
+        threading.Timer(0.2, done.set).start()
+        done.wait()
+    found = clock.read()
+    assert 0.2 <= found["step_seconds"] < 0.35
+    assert found["data_wait"] == pytest.approx(0.3 / 0.7, abs=0.15)
+    assert clock.read() == {}
+    clock.close()
+
+
+def test_peaks(monkeypatch):
+    assert clocks.peak_flops() is None  # of a CPU
+
+    class Device:
+        device_kind = "TPU v5 lite"
+
+    monkeypatch.setattr(jax, "devices", lambda: [Device()])
+    monkeypatch.setattr(jax, "device_count", lambda: 4)
+    assert clocks.peak_flops() == 4 * 197e12
+    assert clocks.memory_bytes() > 1e7
+
+
+def test_loss_by_time():
+    loss, sigma = jnp.array([1.0, 3.0, 5.0, 7.0]), jnp.array([0.1, 0.2, 0.6, 1.0])
+    found = {name: float(value) for name, value in loss_by_time(loss, sigma, "flow").items()}
+    assert found.pop("flow_by_time/0.25-0.50") != found  # NaN: no sample
+    assert found == {"flow_by_time/0.00-0.25": 2.0, "flow_by_time/0.50-0.75": 5.0, "flow_by_time/0.75-1.00": 7.0}
+    assert _mean("flow_by_time/0.00-0.25", np.array([1.0, np.nan, 3.0])) == 2.0
+    assert np.isnan(_mean("flow", np.array([1.0, np.nan])))
+    assert np.isnan(_mean("flow_by_time/0.00-0.25", np.array([np.nan])))
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Five steps of the toy task on one device, steps 2 to 4 traced."""
+    workdir, device = tmp_path_factory.mktemp("runs") / "toy", jax.devices()[:1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "devices", lambda: device)  # compiling for eight takes several times as long
+        command = ["train", "--config", RECIPE, "--workdir", str(workdir), "--config.profile_at=2"]
+        assert main([*command, "--config.steps=5"]) == 0
+    return workdir
+
+
+def test_summary(run):
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    for line in lines:
+        assert line["step_seconds"] > 0
+        assert line["data_wait"] >= 0
+        assert line["host_wait"] >= 0
+        assert line["data_wait"] + line["host_wait"] < 1
+        assert line["memory_gb"] > 0.01
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["task"], summary["step"], summary["steps"], summary["images"]) == ("ToyTask", 5, 5, 40)
+    assert (summary["reason"], summary["finite"]) == ("done", True)
+    losses = [line["loss"] for line in lines]
+    assert summary["loss"]["first"] == losses[0]
+    assert summary["loss"]["last"] == losses[-1]
+    assert summary["loss"]["lowest"] == min(losses)
+    assert summary["loss"]["lowest_step"] == 1 + losses.index(min(losses))
+    assert summary["step_seconds"] == np.median([line["step_seconds"] for line in lines])
+    assert summary["seconds"] == lines[-1]["seconds"]
+    assert list((run / "profile").rglob("*.xplane.pb"))
+
+
+def test_dpir_runs(run, tmp_path, capsys):
+    assert main(["runs", str(run), "--json", str(tmp_path / "runs.json")]) == 0
+    out = capsys.readouterr().out
+    for part in ("ToyTask, 5 of 5 steps, done", "at the end, lowest", "s a step to completion", "curves.png"):
+        assert part in out
+    assert json.loads((tmp_path / "runs.json").read_text())[str(run)]["step"] == 5
+    with Image.open(run / "curves.png") as picture:
+        assert picture.width == 3 * 460
+        colours = {colour for _, colour in picture.getcolors(1 << 20)}
+    assert (31, 90, 165) in colours
+    assert find_runs(run.parent) == [run]
+
+
+def test_a_run_without_lines(tmp_path, capsys):
+    assert main(["runs", str(tmp_path)]) == 2
+    assert "holds no training run" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text('{"st')
+    with pytest.raises(InputError, match="has no line yet"):
+        read_run(tmp_path)
+
+
+def test_a_run_that_went_on_and_then_became_not_finite(tmp_path):
+    times, losses = (5.0, 9.0, 4.0, 7.0), (2.0, 1.0, 1.5, None)  # the clock of the second start begins at zero
+    rows = [{"step": n, "loss": loss, "finite": float(loss is not None), "seconds": t}
+            for n, (t, loss) in enumerate(zip(times, losses), 1)]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "lo')
+    run = read_run(tmp_path)
+    assert (run.summary["seconds"], run.summary["step"], run.summary["finite"]) == (16.0, 4, False)
+    assert run.summary["loss"] == {"first": 2.0, "last": 1.5, "lowest": 1.0, "lowest_step": 2}
+    assert "NOT FINITE" in format_summary(run)
+
+
+def test_sparkline():
+    assert sparkline([]) == ""
+    assert sparkline([1, 1]) == "▁▁"
+    assert sparkline(range(8)) == "▁▂▃▄▅▆▇█"
+    assert len(sparkline(range(1000))) == 24
