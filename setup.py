@@ -46,6 +46,7 @@ setup(
         "pillow>=11.3",
         "protobuf",
         "safetensors",
+        "sentencepiece",  # transformers reads T5's own spiece.model with it
         "tensorboardX",
         "tqdm",
         "transformers",

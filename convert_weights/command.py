@@ -6,10 +6,11 @@ import dataclasses
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from convert_weights import lora
@@ -17,13 +18,14 @@ from convert_weights.branch import with_new_branch
 from convert_weights.conversion import TYPES, Conversion, prepare, verify, write, write_torch
 from convert_weights.families import CONFIGS, FAMILIES, Family, encoder_only, of_network, parts, recognise
 from convert_weights.readers import PIPELINE, Source, locate, open_source
-from convert_weights.writer import mapped
+from convert_weights.writer import Mapped
 from dpir_jax.errors import InputError
 from dpir_jax.files import read_json, write_json
 from dpir_jax.model_folder import new_folder, read_config
 from dpir_jax.model_folder import verify as verify_sums
 from dpir_jax.systems.config_json import from_json, to_json
 from dpir_jax.systems.dpir import DPIRConfig
+from dpir_jax.systems.tokenizers import hugging_face_tokenizer
 
 CLASSES = (  # of diffusers pipelines, those that have a family
     *("SD3Transformer2DModel", "AutoencoderKL", "CLIPTextModel", "CLIPTextModelWithProjection"),
@@ -232,7 +234,8 @@ def _assemble(arguments: argparse.Namespace) -> None:
         "config": to_json(config),
         "restore": {"steps": 28, "guidance": 1.0, "color": "wavelet", "shift": 3.0, "published": True},
     }
-    _write(arguments, list(found.values()), document, _tokenizer(arguments))
+    tokenizer = _tokenizer(arguments, config.t5.vocabulary) if config.t5 else None
+    _write(arguments, list(found.values()), document, tokenizer)
 
 
 def _role(arguments: argparse.Namespace, role: str) -> Conversion:
@@ -263,14 +266,14 @@ def _known(source: Source) -> list[Family]:
     return [family for family in FAMILIES.values() if any(mark in source for mark in family.marks)]
 
 
-def _tokenizer(arguments: argparse.Namespace) -> Path | None:
-    if arguments.text == "none":
-        return None
+def _tokenizer(arguments: argparse.Namespace, vocabulary: int) -> Path:
     if arguments.tokenizer is None and arguments.pipeline is None:
         raise InputError("--tokenizer is needed, or --pipeline, or --text none")
     folder = locate(arguments.tokenizer) if arguments.tokenizer else locate(arguments.pipeline, "tokenizer_3")
     if not (folder / "tokenizer_config.json").is_file():
         raise InputError(f"{folder} is not the folder of a tokenizer: it has no tokenizer_config.json")
+    if len(hugging_face_tokenizer(str(folder))) > vocabulary:
+        raise InputError(f"the tokenizer in {folder} is not this T5's: it knows more than {vocabulary} tokens")
     return folder
 
 
@@ -283,7 +286,7 @@ class _Network:
     torch_name: str
     family: Family
     config: Any
-    arrays: dict[str, Any]
+    arrays: Mapping[str, np.ndarray]
 
 
 def _to_torch(arguments: argparse.Namespace) -> None:
@@ -341,12 +344,12 @@ def _network(folder: Path, name: str, config: Any, layout: str) -> _Network:
     family = of_network(type(config), layout)
     if family is None:
         raise InputError(f"{name} is a {type(config).__name__.removesuffix('Config')}, which PyTorch has no layout for")
-    arrays = mapped(open_source(folder / f"{name}.safetensors").slots)
+    arrays = Mapped(open_source(folder / f"{name}.safetensors").slots)
     torch_name = family.torch_name if name.startswith(family.network) else name
     suffix = name.removeprefix(family.network) if name.startswith(family.network) else ""
     if name == "robust_encoder":  # PyTorch wants a whole autoencoder: E_dr with the decoder that it was trained for
         arrays = {f"encoder.{path}": array for path, array in arrays.items()}
-        whole = mapped(open_source(folder / "autoencoder.safetensors").slots)
+        whole = Mapped(open_source(folder / "autoencoder.safetensors").slots)
         arrays |= {path: array for path, array in whole.items() if path.startswith("decoder.")}
         torch_name = "robust_vae"
     return _Network(name, torch_name + suffix, family, config, arrays)

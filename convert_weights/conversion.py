@@ -15,7 +15,7 @@ import numpy as np
 from convert_weights.engine import Leaf, Plan, Rule, plan, read_piece, torch_pieces, torch_tensor
 from convert_weights.families import Family
 from convert_weights.readers import Source, open_source
-from convert_weights.writer import SafetensorsWriter, mapped
+from convert_weights.writer import Mapped, SafetensorsWriter
 from dpir_jax.errors import InputError
 from dpir_jax.files import write_json
 
@@ -131,7 +131,7 @@ def verify(conversion: Conversion, path: Path, advance: Advance = lambda size: N
     Raises:
       InputError: the first tensor that differs.
     """
-    arrays = mapped(open_source(path).slots)
+    arrays = Mapped(open_source(path).slots)
     for key, parts in conversion.plan.by_key().items():
         kept = conversion.leaves[parts[0].path].dtype
         given = conversion.source[key].astype(kept)
@@ -156,7 +156,7 @@ def write_torch(
     Args:
       family: the layout to write.
       config: the network's.
-      arrays: our arrays by path, e.g. `mapped`.
+      arrays: our arrays by path, e.g. `Mapped`.
       out: the file (original layout) or folder.
       advance: is told the bytes that are done.
 

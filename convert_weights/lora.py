@@ -7,7 +7,6 @@ weights, as layers of their own.
 """
 
 import json
-import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -29,7 +28,7 @@ class _Adapter:
     def __init__(self, source: Source, keys: Iterable[str]):
         self._source, self._pairs = source, {}
         flat = {key.removesuffix(".weight").replace(".", "_"): key for key in keys}
-        alpha, rank = _metadata(source)
+        general = _alpha(source)
         for key in source:
             if key.startswith(TEXT) or key.endswith((*UP, ".alpha")):
                 continue
@@ -45,8 +44,8 @@ class _Adapter:
                 what = f"{name} is no weight of the transformer" if target is None else f"{up} is missing"
                 raise InputError(f"the LoRA {source.name} does not fit: {what}")
             own = float(source[f"{stem}.alpha"]) if f"{stem}.alpha" in source else None
-            r = source.shapes[key][0]
-            factor = own / r if own is not None else (alpha / (rank or r) if alpha is not None else 1.0)
+            alpha = own if own is not None else general
+            factor = 1.0 if alpha is None else alpha / source.shapes[key][0]
             self._pairs[target] = key, up, factor
         if not self._pairs:
             raise InputError(f"{source.name} holds no LoRA of a transformer")
@@ -66,14 +65,17 @@ class _Adapter:
         return (np.float32(factor) * (b @ a)).reshape(shape)
 
 
-def _metadata(source: Source) -> tuple[float | None, float | None]:
-    """alpha and rank as diffusers notes them in the file's header."""
+def _alpha(source: Source) -> float | None:
+    """alpha as diffusers notes it in the file's header."""
     try:
         notes = json.loads(source.metadata.get("lora_adapter_metadata", "{}"))
     except ValueError:
         notes = {}
-    find = {re.sub(r"^transformer\.", "", name): value for name, value in notes.items()}
-    return find.get("lora_alpha"), find.get("r")
+    found = {name.removeprefix("transformer."): value for name, value in notes.items()}
+    for name in ("alpha_pattern", "use_rslora", "use_dora"):  # other factors than alpha / r
+        if found.get(name):
+            raise InputError(f"the LoRA {source.name} was trained with {name}, which this library does not know")
+    return found.get("lora_alpha")
 
 
 def merge(base: Source, family: Family, lora: Source, scale: float = 1.0) -> Source:

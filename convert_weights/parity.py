@@ -7,6 +7,7 @@ verifies it bit for bit), loads the result and compares the outputs in float32. 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import io
 import sys
 import tempfile
@@ -62,14 +63,22 @@ def torch_state(module: Any, seed: int = 0) -> None:
 
 
 def _transformer(branch: bool = False, **settings: Any) -> Any:
-    diffusers, torch = _quiet_import("diffusers"), _quiet_import("torch")
+    diffusers = _quiet_import("diffusers")
     sizes = {"sample_size": 16, "patch_size": 2, "in_channels": 4, "out_channels": 4, "num_layers": 3}
     sizes |= {"attention_head_dim": 8, "num_attention_heads": 2, "caption_projection_dim": 16}
     sizes |= {"joint_attention_dim": 12, "pooled_projection_dim": 6, "pos_embed_max_size": 12}
-    model = diffusers.SD3Transformer2DModel(**sizes | settings)
-    if branch:  # as in the authors' class, which is this one with an attribute more
-        layers = torch.nn
-        model.control_conv = layers.Sequential(
+    return (dpir_class() if branch else diffusers.SD3Transformer2DModel)(**sizes | settings)
+
+
+@functools.cache
+def dpir_class() -> type:
+    """The authors' class as far as its parameters go: diffusers' with an attribute more. Small, for `_transformer`."""
+    layers, base = _quiet_import("torch").nn, _quiet_import("diffusers").SD3Transformer2DModel
+
+    @functools.wraps(base.__init__)  # from_pretrained looks at the signature
+    def init(self: Any, *arguments: Any, **settings: Any) -> None:
+        base.__init__(self, *arguments, **settings)
+        self.control_conv = layers.Sequential(
             layers.Conv2d(4, 8, 3, 1, 1),
             layers.GroupNorm(4, 8),
             layers.Conv2d(8, 16, 3, 2, 1),
@@ -77,7 +86,8 @@ def _transformer(branch: bool = False, **settings: Any) -> Any:
             layers.Conv2d(16, 16, 3, 1, 1),
             layers.GroupNorm(8, 16),
         )
-    return model
+
+    return type("SD3Transformer2DModel", (base,), {"__init__": init})
 
 
 def _autoencoder(**settings: Any) -> Any:
@@ -360,12 +370,33 @@ def compare(case: Case, folder: Path) -> tuple[Outputs, Outputs]:
       InputError: the conversion failed.
     """
     model = save(case, folder / "torch")
-    arguments = [str(folder / "torch"), str(folder / "ours"), "--family", case.family, "--verify"]
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
-        status = convert(arguments)
-    if status:
-        raise InputError(f"{case.title} was not converted: {errors.getvalue().strip()}")
+    _convert(folder / "torch", folder / "ours", "--family", case.family, "--verify")
     return outputs(case, model, load(folder / "ours", FAMILIES[case.family].network))
+
+
+def there_and_back(case: Case, folder: Path) -> tuple[Any, Any, Mapping[str, Any]]:
+    """Saves and converts a case, writes it for PyTorch again, and has the original library load that.
+
+    Returns:
+      The model, what `from_pretrained` made of it in the end, and its notes on missing, unexpected and mismatched keys.
+    """
+    model = save(case, folder / "torch")
+    _convert(folder / "torch", folder / "ours", "--family", case.family)
+    _convert(folder / "ours", folder / "back", "--to-torch", "--verify")
+    kind = type(model)
+    if kind.__name__ == "CLIPTextModelWithProjection":  # the projection is left out
+        kind = _quiet_import("transformers").CLIPTextModel
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        loaded, notes = kind.from_pretrained(folder / "back", output_loading_info=True)
+    return model, loaded, notes
+
+
+def _convert(*words: Any) -> None:
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as errors:
+        status = convert([str(word) for word in words])
+    if status:
+        raise InputError(f"not converted: {errors.getvalue().strip()}")
 
 
 def table() -> str:

@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -69,11 +69,23 @@ class SafetensorsWriter:
             data, offset = data[written:], offset + written
 
 
-def mapped(slots: Mapping[str, Slot]) -> dict[str, np.ndarray]:
-    """The tensors of a file as views of it: only what is looked at is read."""
-    return {
-        name: np.memmap(slot.path, slot.dtype, "r", slot.offset, slot.shape or (1,)).reshape(slot.shape)
-        if slot.nbytes
-        else np.zeros(slot.shape, slot.dtype)
-        for name, slot in slots.items()
-    }
+class Mapped(Mapping[str, np.ndarray]):
+    """The tensors of a file as views of it: only what is looked at is read.
+
+    Each look makes a view of its own: views that were kept would come to hold the whole file in memory.
+    """
+
+    def __init__(self, slots: Mapping[str, Slot]):
+        self._slots = slots
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        slot = self._slots[name]
+        if not slot.nbytes:
+            return np.zeros(slot.shape, slot.dtype)
+        return np.memmap(slot.path, slot.dtype, "r", slot.offset, slot.shape or (1,)).reshape(slot.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)

@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import tracemalloc
 import warnings
 
@@ -16,8 +18,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 from flax import nnx
+from PIL import Image
 from safetensors.flax import load_file
 from safetensors.numpy import save_file
+from transformers import T5Tokenizer
 
 from convert_weights import command
 from convert_weights.command import main
@@ -26,7 +30,7 @@ from convert_weights.engine import Leaf, export, leaves, load_into, torch_pieces
 from convert_weights.families import FAMILIES, of_network
 from convert_weights.readers import open_source
 from dpir_jax import cli
-from dpir_jax.files import read_json
+from dpir_jax.files import read_json, sha256, write_json
 from dpir_jax.model_folder import save_networks, verify
 from dpir_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dpir_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
@@ -285,6 +289,29 @@ def _get(module: nnx.Module, path: str):
     return dict((".".join(map(str, p)), v.get_value()) for p, v in nnx.to_flat_state(nnx.state(module)))[path]
 
 
+def test_what_the_header_of_a_lora_says(tmp_path, capsys):
+    """diffusers notes alpha there; factors that are not alpha / r are refused."""
+    key, net = "transformer_blocks.1.attn.to_k.weight", network("sd3")
+    base = export(net, FAMILIES["mmdit"].rules(SD3))
+    save_file(base, tmp_path / "base.safetensors")
+    a, b = lora_pairs(SD3, [key], "mmdit")[key]
+    name = f"transformer.{key.removesuffix('.weight')}"
+    pair = {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
+
+    def merge(notes: dict, status: int = 0) -> None:
+        text = json.dumps({f"transformer.{field}": value for field, value in notes.items()})
+        save_file(pair, tmp_path / "lora.safetensors", metadata={"lora_adapter_metadata": text})
+        run(tmp_path / "base.safetensors", tmp_path / "out", "--lora", tmp_path / "lora.safetensors", status=status)
+
+    merge({"lora_alpha": 8, "r": 2, "alpha_pattern": {}, "use_rslora": False})
+    run(tmp_path / "out", tmp_path / "back", "--to-torch")
+    back = open_source(tmp_path / "back")
+    np.testing.assert_allclose(back[key], base[key] + 4 * b @ a, rtol=1e-5, atol=1e-5)
+    for field, value in (("use_rslora", True), ("alpha_pattern", {"to_k": 4})):
+        merge({"lora_alpha": 8, "r": 2, field: value}, status=2)
+        assert f"was trained with {field}, which this library does not know" in capsys.readouterr().err
+
+
 def test_a_lora_of_another_network_is_refused(tmp_path, capsys):
     save_file(export(network("sd3"), FAMILIES["mmdit"].rules(SD3)), tmp_path / "base.safetensors")
     pair = {"transformer.nothing.lora_A.weight": np.zeros((2, 3), np.float32)}
@@ -369,6 +396,12 @@ SYSTEM = DPIRConfig(
 )
 
 
+def letters_tokenizer(more=()) -> T5Tokenizer:
+    """T5's own tokenizer, of letters."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((chr(97 + i), -2.0) for i in range(26))]
+    return T5Tokenizer(vocab=pieces + list(more), extra_ids=0)
+
+
 @pytest.fixture(scope="module")
 def dpir_parts(tmp_path_factory):
     """A tiny DPIR as PyTorch has it: a folder per network, T5's tokenizer, and the model folder that they came from."""
@@ -377,8 +410,7 @@ def dpir_parts(tmp_path_factory):
     net.residual_scale.set_value(jnp.ones_like(net.residual_scale[...]))
     save_dpir(root / "ours", net, description="tiny", restore={})
     run(root / "ours", root / "torch", "--to-torch", "--verify")
-    (root / "torch" / "tokenizer_3").mkdir()
-    (root / "torch" / "tokenizer_3" / "tokenizer_config.json").write_text("{}")
+    letters_tokenizer().save_pretrained(root / "torch" / "tokenizer_3")
     (root / "torch" / "model_index.json").write_text(json.dumps({"vae": ["diffusers", "AutoencoderKL"]}))
     return root
 
@@ -406,6 +438,29 @@ def test_a_dpir_out_of_its_parts_is_the_one_that_it_came_from(dpir_parts, tmp_pa
     assert isinstance(system, RestoringDPIR)
     assert (defaults.steps, schedule.shift) == (28, 3.0)
     assert system.tokenizer == str(tmp_path / "out" / "tokenizer")
+
+
+def test_a_converted_model_restores_a_photo(dpir_parts, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 40, 3), np.uint8)).save(tmp_path / "photo.png")
+    assemble(dpir_parts, tmp_path / "model", "--verify")
+
+    def restore(name: str, model, *words: str) -> np.ndarray:
+        options = ["--scale", "1", "--steps", "1", "--guidance", "1", "--color", "none", *words]
+        where = ["--model", str(model), "--out", str(tmp_path / name)]
+        assert cli.main(["restore", str(tmp_path / "photo.png"), *where, *options]) == 0
+        return np.asarray(Image.open(tmp_path / name / "photo.png"))
+
+    plain = restore("plain", tmp_path / "model")
+    assert (restore("words", tmp_path / "model", "--prompt", "a boat") != plain).any()
+    shift = ["steps", "guidance", "color", "shift", "published"]
+    ours = shutil.copytree(dpir_parts / "ours", tmp_path / "ours")  # never converted, with the settings of the other
+    settings = read_json(tmp_path / "model" / "config.json")["restore"]
+    assert list(settings) == shift
+    config = read_json(ours / "config.json") | {"restore": settings}
+    write_json(ours / "config.json", config)
+    sums = read_json(ours / "manifest.json")["sha256"] | {"config.json": sha256(ours / "config.json")}
+    write_json(ours / "manifest.json", {"sha256": sums})
+    np.testing.assert_array_equal(restore("ours", ours), plain)
 
 
 def test_training_starts_from_sd3_with_a_new_branch(dpir_parts, tmp_path, capsys):
@@ -456,6 +511,20 @@ def test_parts_that_are_not_what_they_should_be(dpir_parts, tmp_path, capsys):
         status=2,
     )
     assert "--vae is needed, or --pipeline" in capsys.readouterr().err
+    many = [(letter, -2.0) for letter in map(chr, range(0x4E00, 0x4E00 + 64))]
+    letters_tokenizer(many).save_pretrained(tmp_path / "tokenizer")
+    for damage, message in (
+        (lambda folder: None, r"the tokenizer in .* is not this T5's: it knows more than \d+ tokens"),
+        (lambda folder: (folder / "tokenizer.json").write_text('{"model": 1}'), "holds no tokenizer that can be read"),
+        (lambda folder: (folder / "tokenizer_config.json").unlink(), "is not the folder of a tokenizer: it has no"),
+    ):
+        copy = shutil.copytree(tmp_path / "tokenizer", tmp_path / "copies" / str(len(message)))
+        damage(copy)
+        assemble(dpir_parts, tmp_path / "out", "--tokenizer", copy, status=2)
+        assert re.search(message, error := capsys.readouterr().err), error
+        assert error.count("\n") == 1
+    for folder in ("tokenizer", "copies"):
+        shutil.rmtree(tmp_path / folder)
     assert [path.name for path in tmp_path.iterdir()] == ["sd3.safetensors"]
 
 
@@ -641,3 +710,39 @@ def test_no_more_than_a_tensor_is_held(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < total + total / 4  # the result and the largest shard; the result itself is with JAX or here
+
+
+PROCESS = """
+import resource, sys
+sys.modules["torch"] = None  # importing it would fail
+from convert_weights.command import main
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+small, large, out = sys.argv[1:]
+assert main([small, out + "/small", "--verify"]) == 0  # all that is imported on the way
+before = peak()
+assert main([large, out + "/ours", "--verify"]) == 0
+assert main([out + "/ours", out + "/torch", "--to-torch", "--verify"]) == 0
+print(peak() - before, file=sys.stderr)
+"""
+
+
+def test_the_process_needs_neither_torch_nor_memory(tmp_path):
+    """As the operating system counts it, pages of mapped files included: there, back and twice verified."""
+    draw = torch.Generator().manual_seed(0)
+    for name, config in (
+        ("small", T5Config.tiny()),
+        ("large", dataclasses.replace(T5Config.tiny(), layers=24, mlp_width=4096, width=256)),
+    ):
+        shapes, family = FAMILIES["t5"].leaves(config), FAMILIES["t5"]
+        tensors = {}
+        for key, parts in torch_pieces(shapes, family.rules(config)).items():
+            shape = shapes[parts[0].path].shape
+            row = shape if parts[0].layer is None else shape[1:]
+            tensors[key] = torch.randn(parts[0].rule.torch_shape(row), generator=draw).bfloat16()
+        torch.save(tensors, tmp_path / f"{name}.pth")
+    words = [str(tmp_path / "small.pth"), str(tmp_path / "large.pth"), str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", PROCESS, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.count("bit for bit") == 3
+    grown, size = int(done.stderr.splitlines()[-1]), (tmp_path / "large.pth").stat().st_size
+    assert size > 150e6
+    assert grown < size / 5, f"{grown / 1e6:.0f} MB more, for a file of {size / 1e6:.0f} MB"

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from convert_weights import readers
 from convert_weights.readers import open_source, weights_file
-from convert_weights.writer import SafetensorsWriter, mapped
+from convert_weights.writer import Mapped, SafetensorsWriter
 from dpir_jax.errors import InputError
 
 with warnings.catch_warnings():
@@ -309,7 +309,7 @@ def test_the_writer_takes_rows_in_any_order(tmp_path):
             writer.write("rows", whole.astype(np.float64))
     source = open_source(path)
     np.testing.assert_array_equal(source["rows"], whole)
-    np.testing.assert_array_equal(mapped(source.slots)["rows"][1], whole[1])
+    np.testing.assert_array_equal(Mapped(source.slots)["rows"][1], whole[1])
     np.testing.assert_array_equal(source["brain"], brain)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 from flax import nnx
 from PIL import Image
+from sentencepiece import sentencepiece_model_pb2
 from transformers import T5Tokenizer
 
 from dpir_jax import cli, load, model_folder
@@ -169,7 +171,7 @@ def test_a_damaged_network_is_found_when_it_is_read(folder, photo, tmp_path):
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("tokenizer.json", "{", "the tokenizer in .* cannot be read"),
+        ("tokenizer.json", "{", "holds no tokenizer that can be read"),
         (None, None, "has no tokenizer, so it takes no prompt"),
     ],
 )
@@ -197,6 +199,28 @@ def test_token_ids(folder, caplog):
     assert "the prompt has 6 tokens; the first 4 are read" in caplog.text
     with pytest.raises(InputError, match="is not this model's tokenizer: it knows more than 9 tokens"):
         token_ids("boat", tokenizer, T5Config(vocabulary=9), 8)
+
+
+def test_a_tokenizer_that_is_only_a_sentencepiece_model(tmp_path):
+    """As T5 v1.1 is published; the ids are those of the sentencepiece library itself."""
+    from dpir_jax.restore.dpir import token_ids
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    control = [("<pad>", 3), ("</s>", 3), ("<unk>", 2)]
+    words = ["▁a", "▁boat", "▁in", "▁the", "▁harbour", "ing", ",", "."]
+    for number, (piece, kind) in enumerate([*control, *((piece, 1) for piece in [*words, "▁", *LETTERS])]):
+        proto.pieces.add(piece=piece, type=kind, score=-number if kind == 1 else 0)
+    proto.trainer_spec.model_type = 1  # unigram
+    proto.trainer_spec.pad_id, proto.trainer_spec.eos_id, proto.trainer_spec.unk_id = 0, 1, 2
+    proto.trainer_spec.bos_id = -1
+    (tmp_path / "spiece.model").write_bytes(proto.SerializeToString())
+    special = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    write_json(tmp_path / "tokenizer_config.json", special | {"tokenizer_class": "T5Tokenizer", "extra_ids": 0})
+    reference = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+    for text in ("a boating boat in the harbour, boats.", "The  boat X", ""):
+        expected = [*reference.encode(text), 1]
+        found = token_ids(text, str(tmp_path), T5Config(vocabulary=40), 24)[0]
+        assert found.tolist() == expected + [0] * (24 - len(expected)), text
 
 
 def test_packed_blocks_are_the_same_blocks_without_a_wide_copy():

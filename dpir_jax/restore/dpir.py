@@ -1,7 +1,6 @@
 """DPIR as a `System` that restores tiles."""
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +23,7 @@ from dpir_jax.restore.stages import Resident, Stage, Staged
 from dpir_jax.systems.dpir import DPIR, Condition, DPIRConfig
 from dpir_jax.systems.dpir_folder import abstract_dpir, read_dpir
 from dpir_jax.systems.prompts import global_boxes
+from dpir_jax.systems.tokenizers import hugging_face_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -222,24 +222,13 @@ def token_ids(prompt: str, tokenizer: str | None, config: T5Config, length: int)
     """
     if tokenizer is None:
         raise InputError("this model's folder has no tokenizer, so it takes no prompt")
-    ids = _tokenizer(tokenizer)(prompt, padding="max_length", max_length=length)["input_ids"]
+    ids = hugging_face_tokenizer(tokenizer)(prompt, padding="max_length", max_length=length)["input_ids"]
     if len(ids) > length:
         log.warning("the prompt has %d tokens; the first %d are read", len(ids), length)
         ids = [*ids[: length - 1], ids[-1]]  # the end token stays
     if max(ids) >= config.vocabulary:
         raise InputError(f"{tokenizer} is not this model's tokenizer: it knows more than {config.vocabulary} tokens")
     return np.asarray([ids], np.int32)
-
-
-@functools.cache
-def _tokenizer(folder: str) -> Any:
-    from transformers import AutoTokenizer  # heavy, and only for a model with a text encoder
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"the tokenizer in {folder} cannot be read: {reason}") from error
 
 
 def needs(config: DPIRConfig) -> dict[Stage, tuple[str, ...]]:

@@ -78,21 +78,27 @@ class CLIPTokenizer:
     @property
     def pad(self) -> int:
         """What the folder says: "!" (0) for Stable Diffusion 2, the end token for OpenAI's."""
-        return int(_hugging_face(self.folder).pad_token_id)
+        return int(hugging_face_tokenizer(self.folder).pad_token_id)
 
     def ids(self, text: str) -> list[int]:
         """Byte pairs."""
-        return list(_hugging_face(self.folder)(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return list(hugging_face_tokenizer(self.folder)(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 @functools.cache
-def _hugging_face(folder: str) -> Any:
+def hugging_face_tokenizer(folder: str) -> Any:
+    """The tokenizer in a folder of Hugging Face's files.
+
+    Raises:
+      InputError: there is none, or it is damaged.
+    """
     from transformers import AutoTokenizer  # heavy, and only for a converted model
 
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # a damaged file can raise anything; the Rust library's errors are bare ones
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{folder} holds no tokenizer that can be read: {reason}") from error
 
 
 def t5_ids(texts: Sequence[str], folder: str | Path, length: int) -> Int[np.ndarray, "B length"]:
@@ -101,7 +107,7 @@ def t5_ids(texts: Sequence[str], folder: str | Path, length: int) -> Int[np.ndar
     Raises:
       InputError: the folder holds no tokenizer.
     """
-    made = _hugging_face(str(folder))(list(texts), padding="max_length", truncation=True, max_length=length)
+    made = hugging_face_tokenizer(str(folder))(list(texts), padding="max_length", truncation=True, max_length=length)
     return np.asarray(made["input_ids"], np.int32)
 
 
