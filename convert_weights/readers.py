@@ -7,7 +7,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -156,16 +155,15 @@ def _download(name: str, subfolder: str, variant: str | None) -> Path:
         everything = HfApi().list_repo_files(repository, revision=revision or None)
         names = [file.removeprefix(start) for file in everything if file.startswith(start)]
         names = sorted(file for file in names if "/" not in file)
-        wanted = [file for file in names if file.endswith((".json", ".model", ".txt"))]
+        wanted = [start + file for file in names if file.endswith((".json", ".model", ".txt"))]
+        chosen = None
         if PIPELINE not in names and any(file.endswith(SUFFIXES) for file in names):
             chosen = weights_file(names, name, variant)
-            suffix = ".safetensors" if ".safetensors" in chosen else ".bin"
-            stem = chosen.split(suffix)[0] + (f".{variant}" if variant else "")
-            shards = re.compile(rf"{re.escape(stem)}-\d+-of-\d+{re.escape(suffix)}")
-            wanted += [chosen, *(file for file in names if ".index." in chosen and shards.fullmatch(file))]
-        root = snapshot_download(
-            repository, revision=revision or None, allow_patterns=[start + file for file in wanted]
-        )
+            wanted += [start + chosen] * (not chosen.endswith(".json"))
+        root = snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
+        if chosen and chosen.endswith(".json"):  # only the index knows what its shards are called
+            wanted += [start + shard for shard in dict.fromkeys(_weight_map(Path(root) / folder / chosen).values())]
+            root = snapshot_download(repository, revision=revision or None, allow_patterns=wanted)
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.HFValidationError, OSError) as error:
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"cannot fetch {name} from Hugging Face: {line}") from error
@@ -209,14 +207,20 @@ def _file(path: Path) -> tuple[dict[str, Slot], dict[str, str]]:
     return _safetensors(path) if path.suffix == ".safetensors" else (_pickled(path), {})
 
 
-def _sharded(index: Path) -> dict[str, Slot]:
+def _weight_map(index: Path) -> dict[str, str]:
+    """Key -> name of the shard, a file in the index's own folder."""
     table = read_json(index)
     places = table.get("weight_map") if isinstance(table, dict) else None
     if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
         raise InputError(f"{index} is not an index of shards: it has no weight_map")
+    return {key: Path(file).name for key, file in places.items()}
+
+
+def _sharded(index: Path) -> dict[str, Slot]:
+    places = _weight_map(index)
     slots: dict[str, Slot] = {}
     for file in dict.fromkeys(places.values()):
-        path = index.parent / Path(file).name
+        path = index.parent / file
         if not path.is_file():
             raise InputError(f"the shard {path} is missing; {index.name} lists it")
         for key, slot in _file(path)[0].items():
@@ -224,7 +228,7 @@ def _sharded(index: Path) -> dict[str, Slot]:
                 raise InputError(f"{key} is in two shards, {slots[key].path.name} and {path.name}")
             slots[key] = slot
     for key, file in places.items():
-        if key not in slots or slots[key].path.name != Path(file).name:
+        if key not in slots or slots[key].path.name != file:
             raise InputError(f"{key} is not in {file}, where {index.name} says it is")
     return slots
 

@@ -278,15 +278,17 @@ def test_a_hub_name_fetches_only_what_is_needed(tmp_path, hub):
         open_source("hf:owner")
 
 
-@pytest.mark.parametrize("mark", ["", ".fp16"])
-def test_all_shards_are_fetched(tmp_path, hub, mark):
+@pytest.mark.parametrize(("name", "mark"), [("model", ""), ("model", ".fp16"), ("pytorch_model", "")])
+def test_all_shards_are_fetched(tmp_path, hub, name, mark):
+    """As many as the index lists, whatever they are called."""
     hub.root = tmp_path
-    shards = [f"model{mark}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    shards = [f"{name}{mark}-0000{i}-of-00002.safetensors" for i in (1, 2)]
     index = f"model.safetensors.index{mark}.json"
+    (tmp_path / index).write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1], "c": shards[1]}}))
     others = ["pytorch_model-00001-of-00002.bin", "model.other-00001-of-00002.safetensors"]
     hub.files = [*shards, index, *others]
     readers.locate("hf:owner/name", variant=mark[1:] or None)
-    assert set(hub.fetched[0][2]) == {index, *shards}
+    assert set(hub.fetched[-1][2]) == {index, *shards}
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
