@@ -6,12 +6,14 @@ import functools
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tracemalloc
 import warnings
+from pathlib import Path
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -526,6 +528,17 @@ def test_parts_that_are_not_what_they_should_be(dpir_parts, tmp_path, capsys):
     for folder in ("tokenizer", "copies"):
         shutil.rmtree(tmp_path / folder)
     assert [path.name for path in tmp_path.iterdir()] == ["sd3.safetensors"]
+
+
+def test_every_command_of_the_page_is_understood():
+    page = (Path(__file__).parent.parent / "docs" / "weights.md").read_text()
+    lines = [line for block in page.split("```")[1::2] for line in block.replace("\\\n", "").splitlines()]
+    commands = [line for line in lines if line.startswith("python -m convert_weights") and "[--" not in line]
+    assert len(commands) > 15
+    for words in (shlex.split(line.replace("...", "X"), comments=True)[3:] for line in commands):
+        dpir = words[0] == "dpir"
+        parser = command._dpir_parser("") if dpir else command._parser("")
+        assert parser.parse_args(words[dpir:]).out, words
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------
