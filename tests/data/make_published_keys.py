@@ -182,14 +182,19 @@ NETWORKS = {
 def main() -> None:
     """Writes all files, the same bytes for the same versions."""
     OUT.mkdir(exist_ok=True)
-    for name, make in NETWORKS.items():
-        with torch.device("meta"):
-            model = make()
-        config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
-        config.pop("_use_default_values", None)  # a set, in another order each time
-        write(name, config, {published_name(key): list(tensor.shape) for key, tensor in model.state_dict().items()})
+    for name in NETWORKS:
+        write(name, *listed(name))
     ram = json.loads(gzip.decompress((OUT / "ram.json.gz").read_bytes()))["tensors"]
     write("dape", None, dape(ram))
+
+
+def listed(name: str) -> tuple[dict, dict[str, list[int]]]:
+    """Config, and shapes by key."""
+    with torch.device("meta"):
+        model = NETWORKS[name]()
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    config.pop("_use_default_values", None)  # a set, in another order each time
+    return config, {published_name(key): list(tensor.shape) for key, tensor in model.state_dict().items()}
 
 
 def write(name: str, config: dict | None, tensors: dict[str, list[int]]) -> None:
