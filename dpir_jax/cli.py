@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +15,14 @@ if TYPE_CHECKING:
     from dpir_jax.models.irpad import IRPAD
     from dpir_jax.restore.job import Item
     from dpir_jax.restore.restorer import Progress
+
+
+def quiet_libtpu() -> None:
+    """Where the TPU's driver is installed (to compile with) but there is no TPU, keeps it from saying so at length."""
+    if importlib.util.find_spec("libtpu"):
+        from dpir_jax.parallel.topologies import expect_no_chips
+
+        expect_no_chips()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if extra and arguments.verb not in ("train", "compile"):  # these pass --config.field=value on to the recipe
         parser.error(f"unrecognized arguments: {' '.join(extra)}")
     arguments.extra = extra
+    quiet_libtpu()
     try:
         return arguments.run(arguments) or 0
     except InputError as error:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from dpir_jax.cli import quiet_libtpu
 from dpir_jax.errors import InputError
 from dpir_jax.files import write_text
 from dpir_jax.images import contact_sheet, find_photos, read_pixels, to_float, write_png
@@ -62,6 +63,7 @@ def run(out: Path = OUT) -> str:
 def main() -> int:
     """Prints the table and where the pictures are."""
     started = time.monotonic()
+    quiet_libtpu()
     try:
         table = run()
     except InputError as error:

@@ -73,17 +73,3 @@ def test_contradictory_settings_are_named():
         PatchAutoencoderConfig(latent_channels=49)
     with pytest.raises(InputError, match="widths"):
         PatchAutoencoderConfig(widths=(8,))
-    with pytest.raises(InputError, match="decoder_widths"):
-        PatchAutoencoderConfig(decoder_widths=(8, 8), decoder_depths=(1, 1))  # ends at half the picture's size
-
-
-def test_the_refiner_starts_at_nothing():
-    config = PatchAutoencoderConfig.tiny()
-    net = PatchAutoencoder(config, rngs=nnx.Rngs(0))
-    latent = jax.random.normal(jax.random.key(0), (1, 3, 5, 16))
-    linear = dataclasses.replace(config, decoder_widths=(), decoder_depths=())
-    plain = PatchAutoencoder(linear, rngs=nnx.Rngs(1))
-    nnx.update(plain.decoder, nnx.state(net.decoder))
-    np.testing.assert_array_equal(net.decode(latent), plain.decode(latent))
-    net.refiner.last.bias[...] += 1
-    np.testing.assert_allclose(net.decode(latent), plain.decode(latent) + 1, rtol=1e-6)

@@ -8,12 +8,6 @@ squared error: neighbours tell what the dropped components were, and patches joi
     encode   z = diag(1/s) U^T (x - mean)                       U: principal axes, s: deviations
     decode   x = V z_N + c,   (V, c) = argmin sum |V z_N + c - x|^2               z_N: the latents within `reach` of z
 
-A linear decoder draws whatever pattern a latent asks for into every patch alike, and perceptual losses ask for one: a
-grid. With `decoder_widths` it is followed by a convolutional correction that ends on pixels and is trained with noisy
-latents (`training.dpir_tasks.DecoderTask`), so that it knows what photographs look like across patches:
-
-    decode   x = V z_N + c + refiner(z)
-
 The robust encoder (E_dr of the paper, section 3) adds a convolutional correction, computed on the latent grid:
 
     E_dr(x) = W x + b + trunk(patches of x)
@@ -44,8 +38,7 @@ class PatchAutoencoderConfig:
     """`patch_size` p, `latent_channels`, `reach` of the linear decoder in cells.
 
     `widths`, `depths`: of the robust encoder's trunk, per level; level i works at 1 / 2^i of the latent grid; without
-    levels there is no trunk, only the linear encoder. `decoder_widths`, `decoder_depths`: of the decoder's refiner,
-    from the latent grid to pixels in steps of 2; without them the decoder is linear.
+    levels there is no trunk, only the linear encoder.
     """
 
     patch_size: int = 4
@@ -53,8 +46,6 @@ class PatchAutoencoderConfig:
     reach: int = 1
     widths: tuple[int, ...] = ()
     depths: tuple[int, ...] = ()
-    decoder_widths: tuple[int, ...] = ()
-    decoder_depths: tuple[int, ...] = ()
     scaling_factor: float = 1.0
     shift_factor: float = 0.0
 
@@ -63,12 +54,6 @@ class PatchAutoencoderConfig:
             raise InputError(f"latent_channels is {self.latent_channels}; a patch has {3 * self.patch_size**2} values")
         if len(self.widths) != len(self.depths):
             raise InputError(f"widths {self.widths} and depths {self.depths} must have one entry per level")
-        levels = len(self.decoder_widths)
-        if len(self.decoder_depths) != levels or (levels and 2 ** (levels - 1) != self.patch_size):
-            raise InputError(
-                f"decoder_widths {self.decoder_widths} and decoder_depths {self.decoder_depths} must have one entry "
-                f"per doubling from the latent grid to pixels (patch_size {self.patch_size})"
-            )
 
     @property
     def spatial_factor(self) -> int:
@@ -78,7 +63,7 @@ class PatchAutoencoderConfig:
     @classmethod
     def nano(cls) -> "PatchAutoencoderConfig":
         """The autoencoder of `dpir-nano`."""
-        return cls(decoder_widths=(64, 32, 16), decoder_depths=(3, 2, 1))
+        return cls()
 
     @classmethod
     def nano_robust(cls) -> "PatchAutoencoderConfig":
@@ -88,7 +73,7 @@ class PatchAutoencoderConfig:
     @classmethod
     def tiny(cls) -> "PatchAutoencoderConfig":
         """For tests."""
-        return cls(widths=(8, 12), depths=(1, 1), decoder_widths=(8, 6, 4), decoder_depths=(1, 0, 1))
+        return cls(widths=(8, 12), depths=(1, 1))
 
 
 def to_patches(image: Float[Array, "B H W 3"], size: int) -> Float[Array, "B h w p"]:
@@ -191,45 +176,16 @@ class PatchEncoder(nnx.Module):
         return mean, jnp.full_like(mean, LOG_VARIANCE)
 
 
-class Refiner(nnx.Module):
-    """Residual blocks from the latent grid up to pixels; the last layer starts at zero."""
-
-    def __init__(self, config: PatchAutoencoderConfig, *, rngs: nnx.Rngs, precision: Precision) -> None:
-        widths = config.decoder_widths
-        self.first = conv(config.latent_channels, widths[0], 3, padding=1, rngs=rngs, precision=precision)
-        self.levels = nnx.List(
-            [
-                nnx.List([ResidualBlock(width, rngs=rngs, precision=precision) for _ in range(depth)])
-                for width, depth in zip(widths, config.decoder_depths)
-            ]
-        )
-        steps = itertools.pairwise(widths)
-        self.up = nnx.List([dense(a, 4 * b, "io", rngs=rngs, precision=precision) for a, b in steps])
-        zeros = nnx.initializers.zeros_init()
-        self.last = conv(widths[-1], 3, 3, padding=1, rngs=rngs, precision=precision, init=zeros, axes="kki_")
-
-    def __call__(self, latent: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        x = self.first(latent)
-        for i, blocks in enumerate(self.levels):
-            if i:
-                x = rearrange(self.up[i - 1](x), "b h w (p q c) -> b (h p) (w q) c", p=2, q=2)
-            for block in blocks:
-                x = block(x)
-        return self.last(jax.nn.silu(x))
-
-
 class PatchAutoencoder(nnx.Module):
-    """Linear encoder, linear decoder and refiner; `fit` sets the linear ones in closed form."""
+    """Linear encoder and linear decoder; `fit` sets them in closed form."""
 
     def __init__(self, config: PatchAutoencoderConfig, *, rngs: nnx.Rngs, precision: Precision = FLOAT32) -> None:
         self.config = config
-        plain = dataclasses.replace(config, widths=(), depths=(), decoder_widths=(), decoder_depths=())
+        plain = dataclasses.replace(config, widths=(), depths=())
         self.encoder = PatchEncoder(plain, rngs=rngs, precision=precision)
         kernel = 2 * config.reach + 1
         outputs = 3 * config.patch_size**2
         self.decoder = conv(config.latent_channels, outputs, kernel, rngs=rngs, precision=precision, axes="____")
-        if config.decoder_widths:
-            self.refiner = Refiner(config, rngs=rngs, precision=precision)
 
     def encode(self, image: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
         """Image in [-1, 1] -> mean and log-variance of the latent."""
@@ -239,8 +195,7 @@ class PatchAutoencoder(nnx.Module):
         """Latent -> image in about [-1, 1]. At the border the outermost latents stand in for their neighbours."""
         reach = self.config.reach
         padded = jnp.pad(latent, ((0, 0), (reach, reach), (reach, reach), (0, 0)), mode="edge")
-        image = from_patches(self.decoder(padded).astype(jnp.float32), self.config.patch_size)
-        return image + self.refiner(latent).astype(jnp.float32) if self.config.decoder_widths else image
+        return from_patches(self.decoder(padded).astype(jnp.float32), self.config.patch_size)
 
     @property
     def deviations(self) -> Float[Array, "C"]:

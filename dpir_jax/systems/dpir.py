@@ -118,7 +118,7 @@ class DPIRConfig:
         clip = CLIPVisionConfig.tiny()
         pooled = clip.width + clip.projection
         return cls(
-            autoencoder=PatchAutoencoderConfig(latent_channels=4, decoder_widths=(4, 4, 4), decoder_depths=(0, 0, 1)),
+            autoencoder=PatchAutoencoderConfig(latent_channels=4),
             robust_encoder=PatchAutoencoderConfig(latent_channels=4, widths=(8, 8), depths=(1, 1)),
             mmdit=dataclasses.replace(MMDiTConfig.tiny(), pooled_dim=pooled, context_dim=pooled + 2),
             clip_tokens=clip,

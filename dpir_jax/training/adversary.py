@@ -35,16 +35,16 @@ class Head(nnx.Module):
 
 
 class Discriminator(nnx.Module):
-    """One head per trunk stage, from the second stage on; each stage is first scaled to unit mean square."""
+    """One head per trunk stage; each stage is first scaled to unit mean square."""
 
     def __init__(self, channels: tuple[int, ...], width: int = 48, *, rngs: nnx.Rngs) -> None:
-        self.heads = nnx.List([Head(c, width, rngs=rngs) for c in channels[1:]])
+        self.heads = nnx.List([Head(c, width, rngs=rngs) for c in channels])
 
     def __call__(self, features: list[Float[Array, "B h w C"]]) -> list[Float[Array, "B H W 1"]]:
         def normal(x: jax.Array) -> jax.Array:
             return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=(1, 2, 3), keepdims=True) + 1e-6)
 
-        return [head(normal(x)) for head, x in zip(self.heads, features[1:])]
+        return [head(normal(x)) for head, x in zip(self.heads, features)]
 
 
 def adversarial_losses(

@@ -1,6 +1,5 @@
 """The stages of DPIR as training tasks.
 
-    stage 0   D        of the small models only, whose autoencoder is their own: pictures from noisy latents
     stage 1   E_dr     |D(E_dr(x_lq)) - x_hq|_1 + l LPIPS + g GAN                D frozen (paper, section 3)
     stage 2   DiT      the flow's loss on z_hq (or E_dr's residual)              E_dr, D frozen; DiT, LQ branch trained
 
@@ -18,7 +17,7 @@ from typing import Any, Literal, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange
+from einops import rearrange, reduce
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -51,7 +50,7 @@ class PictureLoss:
     """What a decoded picture is compared by; a weight of 0 leaves the term out.
 
     `dists`: weight of DISTS on the same trunk, which then has DISTS's L2 pools (net "vgg" only).
-    `phase`: weight of `phase_loss`, which keeps a decoder's grid out.
+    `phase`: weight of `phase_loss` above the original's, which keeps a decoder's grid out.
     `crop`: side in pixels of the random part that LPIPS and the discriminator see (0: all of it).
     `net`, `stages`: the perceptual network, "vgg" or "alex", and how many of its five stages are run. AlexNet's weights
     come with the package, but its stride of 4 teaches a 4-pixel grid; VGG16's are read from the folder `weights`.
@@ -89,19 +88,27 @@ class Critics(nnx.Module):
             self.discriminator = Discriminator(TRUNK_CHANNELS[config.net][: config.stages], rngs=rngs)
 
 
-def phase_loss(error: Float[Array, "B H W 3"], period: int, cells: int = 8) -> Float[Array, ""]:
-    """How much of the error repeats with the latent grid, in [0, 1] units: near 0 without a grid.
+def phase_loss(image: Float[Array, "B H W 3"], period: int, floor: float = 1 / 255) -> Float[Array, ""]:
+    """How visibly a picture in [0, 1] repeats with the latent grid: near 0 without a grid.
 
-    A decoder that makes p x p pixels of a latent can add one pattern to every patch, and a perceptual loss rewards it.
-    Natural error has the same local mean (over `cells` x `cells` patches) in each of the p^2 places of a patch:
+    A decoder that makes p x p pixels of a latent can draw an edge or dots into every patch, and perceptual losses and
+    adversaries reward it. A photograph's fine structure g (the picture less the mean of the four neighbours, divided by
+    its strength nearby, so that flat areas count as much as edges) looks the same from each of the p^2 places i of a
+    patch: its mean and its products with itself and its neighbours do not depend on i.
 
-        L = mean |m_i - mean_j m_j|,    m_i: local mean of the error at place i of the patch
+        L = mean_{i, d} |m_{i,d} - mean_j m_{j,d}|,    m_{i,d} = mean of g(x) g(x + d), and of g(x), over all x at i
     """
-    patches = rearrange(error, "b (h p) (w q) c -> b h w (p q) c", p=period, q=period)
-    window = (1, cells, cells, 1, 1)
-    sums = jax.lax.reduce_window(patches, 0.0, jax.lax.add, window, (1, cells // 2, cells // 2, 1, 1), "VALID")
-    means = sums / cells**2
-    return jnp.mean(jnp.abs(means - means.mean(3, keepdims=True)))
+    x = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    around = x[:, :-2, 1:-1] + x[:, 2:, 1:-1] + x[:, 1:-1, :-2] + x[:, 1:-1, 2:]
+    fine = image - around / 4
+    side = math.gcd(8 * period, *image.shape[1:3])  # of the areas that "nearby" means
+    blocks = rearrange(fine, "b (h s) (w t) c -> b h s w t c", s=side, t=side)
+    strength = jnp.sqrt(jnp.mean(jnp.square(blocks), (2, 4), keepdims=True) + floor**2)
+    fine = (blocks / jax.lax.stop_gradient(strength)).reshape(fine.shape)
+    shifts = ((0, 0), (0, 1), (1, 0), (1, 1), (1, -1))
+    products = jnp.concatenate([fine, *(fine * jnp.roll(fine, shift, (1, 2)) for shift in shifts)], -1)
+    means = reduce(products, "b (h p) (w q) c -> b (p q) c", "mean", p=period, q=period)
+    return jnp.mean(jnp.abs(means - means.mean(1, keepdims=True)))
 
 
 def picture_loss(
@@ -116,7 +123,8 @@ def picture_loss(
     metrics = {"l1": jnp.mean(jnp.abs(image - hq))}
     total = config.l1 * metrics["l1"]
     if config.phase:
-        metrics["phase"] = phase_loss(image - hq, period)
+        # Chance makes the places differ a little in any photograph; less than that is not asked for: it costs sharpness.
+        metrics["phase"] = jax.nn.relu(phase_loss(image, period) - phase_loss(hq, period))
         total += config.phase * metrics["phase"]
     if critics is None:
         return total, metrics
@@ -233,88 +241,6 @@ def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
     if isinstance(values.get("picture"), Mapping):
         values["picture"] = from_mapping(PictureLoss, values["picture"], f"{where}.picture")
     return cls(**values)
-
-
-# --- stage 0 ---------------------------------------------------------------------------------------------------------
-
-
-class DecoderModel(nnx.Module):
-    """Stage 0's networks: the autoencoder and the critics."""
-
-    def __init__(self, config: PatchAutoencoderConfig, picture: PictureLoss, *, rngs: nnx.Rngs) -> None:
-        self.autoencoder = PatchAutoencoder(config, rngs=rngs)
-        if picture.needs_critics:
-            self.critics = Critics(picture, rngs=rngs)
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderTask:
-    """Stage 0: a patch autoencoder's decoder, on noisy latents.
-
-    Later stages deliver imprecise latents; a decoder that has only seen exact ones draws every error as a pattern.
-    They err most in the fine structure, so channel k, whose variance is 1 and whose deviation in the picture is s_k,
-    gets noise of deviation u min(1, `fine` / s_k), with u drawn from [0, `noise`] for each sample.
-    """
-
-    system: str = "nano"
-    noise: float = 0.5
-    fine: float = 0.15
-    picture: PictureLoss = PictureLoss()
-    photos: tuple[str, ...] = ()
-
-    trainable = nnx.Any(nnx.PathContains("refiner"), nnx.PathContains("discriminator"))
-    adversary = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.config, PatchAutoencoderConfig) or not self.config.decoder_widths:
-            raise InputError(f"task.system is {self.system!r}, whose autoencoder has no decoder to train in this stage")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """From a recipe's `task` section."""
-        return from_mapping(cls, config, "task")
-
-    @property
-    def config(self) -> PatchAutoencoderConfig:
-        """The autoencoder."""
-        return SYSTEMS[self.system]().autoencoder
-
-    def init(self, key: jax.Array) -> DecoderModel:
-        """Fits the linear part in closed form; the refiner starts at zero."""
-        model = DecoderModel(self.config, self.picture, rngs=nnx.Rngs(key))
-        model.autoencoder.fit(2 * sample_crops(self.photos, 512, 64, seed=0) - 1)
-        return model
-
-    def _decoded(self, model: DecoderModel, hq: Float[Array, "B H W 3"], noise: Array) -> Float[Array, "B H W 3"]:
-        latent = model.autoencoder.encode(2 * hq - 1)[0]
-        return model.autoencoder.decode(latent + noise) / 2 + 0.5
-
-    def _noise(self, model: DecoderModel, hq: Float[Array, "B H W 3"], key: jax.Array) -> Float[Array, "B h w C"]:
-        level_key, noise_key = jax.random.split(key)
-        level = jax.random.uniform(level_key, (len(hq), 1, 1, 1), maxval=self.noise)
-        level *= jnp.minimum(1, self.fine / model.autoencoder.deviations)
-        cells = (side // self.config.patch_size for side in hq.shape[1:3])
-        return level * jax.random.normal(noise_key, (len(hq), *cells, self.config.latent_channels))
-
-    def loss(self, model: DecoderModel, batch: Mapping[str, Array], key: jax.Array) -> tuple[Array, dict[str, Array]]:
-        """The picture loss of decoded noisy latents."""
-        hq = as_float(batch["hq"])
-        noise_key, picture_key = jax.random.split(key)
-        critics = model.critics if self.picture.needs_critics else None
-        image = self._decoded(model, hq, self._noise(model, hq, noise_key))
-        return picture_loss(self.picture, critics, image, hq, picture_key, self.config.patch_size)
-
-    def preview(self, model: DecoderModel, batch: Mapping[str, Array], key: jax.Array) -> Float[Array, "B H W 3"]:
-        """Rows of decoded noisy latent | decoded exact latent | original."""
-        hq = as_float(batch["hq"])
-        noise = self._noise(model, hq, key)
-        decoded = [self._decoded(model, hq, scale * noise) for scale in (1, 0)]
-        return jnp.clip(jnp.concatenate([*decoded, hq], 2), 0, 1)
-
-    def export(self, model: DecoderModel, out: Path) -> None:
-        """Writes what stage 1 starts from: the autoencoder."""
-        description = {"system": "patch-autoencoder", "config": to_json(self.config)}
-        model_folder.save_networks(out, description, {"autoencoder": model.autoencoder})
 
 
 # --- stage 1 ---------------------------------------------------------------------------------------------------------
