@@ -15,6 +15,7 @@ UNUSED = {  # no parameter and no output of the network depends on it
     "unet": {"sample_size"},
     "clip-text": {"projection_dim"},
     "t5": {"scale_decoder_outputs"},
+    "llava": {"image_seq_length"},
 }
 
 
