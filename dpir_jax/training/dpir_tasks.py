@@ -123,7 +123,7 @@ def picture_loss(
     metrics = {"l1": jnp.mean(jnp.abs(image - hq))}
     total = config.l1 * metrics["l1"]
     if config.phase:
-        # Chance makes the places differ a little in any photograph; less than that is not asked for: it costs sharpness.
+        # Chance makes the places differ a little in any photograph; to ask for less would cost sharpness.
         metrics["phase"] = jax.nn.relu(phase_loss(image, period) - phase_loss(hq, period))
         total += config.phase * metrics["phase"]
     if critics is None:
