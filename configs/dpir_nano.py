@@ -49,7 +49,7 @@ def get_config(stage: str = "encoder") -> ConfigDict:
         config.task.prompt_dropout = 0.1
         config.task.train_prompts = True
         config.task.description = "DPIR at a small size, for photos x4 on a CPU"
-        config.task.restore = {"steps": 4, "guidance": 1.0}
+        config.task.restore = {"steps": 1, "guidance": 1.0}
     else:
         raise ValueError(f"stage is {stage!r}; it must be latent, encoder, flow, dit or control")
     if stage in ("latent", "flow"):  # nothing decoded: two to four times as many crops a second
