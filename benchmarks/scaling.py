@@ -38,6 +38,7 @@ SIDE = "--config.task.local_crop={0} --config.data.local_crop={0} --config.data.
 CASES = (
     Case("DPIR 512", "configs/dpir_sd3_medium.py:dit", (*SIDE.format(512).split(),), {"v5p": 32, "v5e": 8, "v6e": 16}),
     Case("DPIR 1024", "configs/dpir_sd3_medium.py:dit", (*SIDE.format(1024).split(),), {"v5p": 8, "v5e": 1, "v6e": 4}),
+    Case("DaLPSR 512", "configs/dalpsr_sd2.py", (), {"v5p": 32, "v5e": 8, "v6e": 16}),
 )
 SLICES = ("v5p-8", "v5e-16", "v5e-256", "v6e-16", "v5p-128", "v6e-256")
 

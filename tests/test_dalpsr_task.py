@@ -169,9 +169,23 @@ def test_a_network_that_knows_has_no_loss(photos, stage_one, objective, monkeypa
 
     system = SimpleNamespace(config=config, output=output)
     system.predict = lambda *arguments: DaLPSR.predict(system, *arguments)
-    loss, estimate = task._objective(system, x0, noise, None, None, jax.random.key(3))
-    np.testing.assert_allclose(loss, 0, atol=1e-9)
+    losses, time, estimate = task._objective(system, x0, noise, None, None, jax.random.key(3))
+    np.testing.assert_allclose(losses, [0, 0], atol=1e-9)
+    assert ((time >= 0) & (time <= 1)).all()
     np.testing.assert_allclose(estimate, x0, atol=1e-3)
+
+
+def test_no_file_is_needed_to_know_the_shapes():
+    """`dpir compile` asks for no weights."""
+    task = DaLPSRTask(system="tiny", train="control", mixed=True, captions="files", recipes=("native",), local_crop=32)
+    model = nnx.eval_shape(task.create, jax.random.key(0))
+    assert model.texts.degradations.get_raw_value().shape == (64, 1, CONFIG.text.max_length)
+    assert model.system.unet.conv_out.kernel.get_raw_value().dtype == jnp.bfloat16
+    batch = {"hq": jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.uint8), "box": jax.ShapeDtypeStruct((2, 2), jnp.int32)}
+    batch |= {name: jax.ShapeDtypeStruct((2, *shape), dtype) for name, (shape, dtype) in task.inputs.items()}
+    loss, metrics = jax.eval_shape(task.loss, model, batch, jax.random.key(0))
+    assert loss.shape == ()
+    assert "objective_by_time/0.75-1.00" in metrics
 
 
 def test_pairs_come_with_their_degradation(task, model):
@@ -187,7 +201,7 @@ def test_prompts_say_what_was_done(task):
         " ".join(words.words[i - words.first] for i in row if i >= words.first)
         for row in task._ids(task.degradations)[:, 0]
     ]
-    ids = np.asarray(task._degradation_ids(jnp.asarray([[0, 0, 0], [3, 1, 2]])))[:, 0]
+    ids = np.asarray(task._degradation_ids(task.texts(), jnp.asarray([[0, 0, 0], [3, 1, 2]])))[:, 0]
     said = [texts[int(np.flatnonzero((task._ids(task.degradations)[:, 0] == row).all(1))[0])] for row in ids]
     assert said == [
         "deblur with sigma 0~0.25 , denoise with sigma 0~0.25 , dejpeg with sigma 0~0.25",
@@ -214,8 +228,9 @@ def test_predicted_and_mixed_prompts(photos, stage_one, tmp_path, monkeypatch):
     shares = {}
     for source in ("predicted", "mix"):
         task = make_task(photos, stage_one, degradation=source, irpad=str(reader), predicted_share=0.5)
-        ids = task._texts(SimpleNamespace(irpad=network), {}, pairs, (jax.random.key(1),))[1]
-        shares[source] = float((ids == task._degradation_ids(jnp.full((8, 3), 2))).all((1, 2)).mean())
+        known = SimpleNamespace(irpad=network, texts=task.texts())
+        ids = task._texts(known, {}, pairs, (jax.random.key(1),))[1]
+        shares[source] = float((ids == task._degradation_ids(known.texts, jnp.full((8, 3), 2))).all((1, 2)).mean())
     assert shares["predicted"] == 1
     assert 0 < shares["mix"] < 1
     with pytest.raises(InputError, match=r"task.irpad must name"):
@@ -249,7 +264,6 @@ def test_captions_become_token_ids(photos, tmp_path):
     [
         ({"system": "large"}, "task.system is 'large'"),
         ({"train": "all"}, "task.train is 'all'"),
-        ({"init_from": None}, "task.init_from must name"),
         ({"colour": 1}, "task.colour is not a setting"),
     ],
 )
@@ -259,5 +273,7 @@ def test_settings_that_cannot_be(photos, stage_one, changes, words):
 
 
 def test_what_is_frozen_has_to_be_there(photos, stage_one):
+    with pytest.raises(InputError, match=r"task.init_from must name"):
+        make_task(photos, stage_one, init_from=None).init(jax.random.key(0))
     with pytest.raises(InputError, match=r"has no image_encoder.safetensors"):
         make_task(photos, stage_one, train="control").init(jax.random.key(0))

@@ -168,17 +168,23 @@ def save_irpad(folder: str | Path, network: IRPAD, *, description: str, dtype: D
     return model_folder.save_networks(folder, config, {"irpad": network}, dtype)
 
 
-def read_irpad(folder: str | Path, precision: Precision = FLOAT32) -> IRPAD:
-    """The network of a model folder, checked against its manifest.
-
-    Raises:
-      InputError: not a folder of this system, or a file that is missing, damaged or does not fit.
-    """
+def read_config(folder: str | Path) -> IRPADConfig:
+    """The network's settings in a model folder; `InputError` if the folder is not one of this system."""
     config = model_folder.read_config(folder)
     if config.get("system") != "irpad":
         raise InputError(f"{folder} holds the system {config.get('system')!r}, not irpad")
     settings = from_json(config.get("config"), CONFIGS)
     if not isinstance(settings, IRPADConfig):
         raise InputError(f"{Path(folder) / 'config.json'} holds no IRPADConfig under 'config'")
+    return settings
+
+
+def read_irpad(folder: str | Path, precision: Precision = FLOAT32) -> IRPAD:
+    """The network of a model folder, checked against its manifest.
+
+    Raises:
+      InputError: not a folder of this system, or a file that is missing, damaged or does not fit.
+    """
+    settings = read_config(folder)
     network = nnx.eval_shape(lambda: IRPAD(settings, rngs=nnx.Rngs(0), precision=precision))
     return model_folder.load_network(folder, "irpad", network)

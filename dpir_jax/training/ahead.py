@@ -69,7 +69,7 @@ def abstract_step(recipe: Recipe, where: Sequence[jax.Device], memory: float | N
 
 def _abstract_batch(recipe: Recipe, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """What the data pipeline gives (`dpir_jax.data.pipeline`), and what the task wants beside it (`task.inputs`)."""
-    if recipe.data_type:  # made by somebody else's function: one sample tells
+    if recipe.data_type and not hasattr(task, "inputs"):  # made by somebody else's function: one sample tells
         one = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch=1, accumulate=1))
         sample = {
             name: (np.shape(value)[1:], np.asarray(value).dtype) for name, value in next(one.build_data()).items()

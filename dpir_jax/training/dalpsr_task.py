@@ -32,11 +32,12 @@ from dpir_jax.diffusion.schedule import FlowSchedule, draw_time
 from dpir_jax.errors import InputError
 from dpir_jax.models.controlnet import start_from
 from dpir_jax.models.irpad import IRPAD
-from dpir_jax.models.precision import BFLOAT16, FLOAT32, MIXED
+from dpir_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from dpir_jax.models.ram import RAMConfig
 from dpir_jax.systems import irpad as irpad_system
 from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, Prompt, makers, silence
 from dpir_jax.systems.dalpsr_folder import TOKENIZER, fitting, save_dalpsr
+from dpir_jax.systems.dpir import Constant
 from dpir_jax.systems.tokenizers import Tokenizer, WordTokenizer, filled, read_tokenizer, windows
 from dpir_jax.training.dpir_tasks import (
     Critics,
@@ -48,6 +49,7 @@ from dpir_jax.training.dpir_tasks import (
     sample_crops,
     upsample,
 )
+from dpir_jax.training.time_bins import loss_by_time
 
 SYSTEMS = {
     "tiny": DaLPSRConfig.tiny,
@@ -120,11 +122,18 @@ def captioned(
 # --- the task --------------------------------------------------------------------------------------------------------
 
 
-class DaLPSRModel(nnx.Module):
-    """The whole system; IRPAD and the critics where they are needed."""
+class Texts(nnx.Module):
+    """Token ids of the texts that are worded here, as constants of the step: `[N, 1, L]` each."""
 
-    def __init__(self, system: DaLPSR, irpad: IRPAD | None, critics: Critics | None) -> None:
-        self.system = system
+    def __init__(self, degradations: Array, captions: Array, none: Array) -> None:
+        self.degradations, self.captions, self.none = map(Constant, (degradations, captions, none))
+
+
+class DaLPSRModel(nnx.Module):
+    """The whole system and its texts; IRPAD and the critics where they are needed."""
+
+    def __init__(self, system: DaLPSR, texts: Texts, irpad: IRPAD | None, critics: Critics | None) -> None:
+        self.system, self.texts = system, texts
         if irpad is not None:
             self.irpad = irpad
         if critics is not None:
@@ -193,8 +202,6 @@ class DaLPSRTask:
                 raise InputError(f"task.{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         if self.degradation != "oracle" and self.irpad is None:
             raise InputError(f"task.degradation is {self.degradation!r}; task.irpad must name IRPAD's model folder")
-        if self.init_from is None:
-            raise InputError("task.init_from must name a model folder with the networks to start from")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -206,6 +213,12 @@ class DaLPSRTask:
         """The system that is trained."""
         own = {name: value for name in ("objective", "routing") if (value := getattr(self, name)) is not None}
         return dataclasses.replace(SYSTEMS[self.system](), **own)
+
+    @property
+    def inputs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+        """Shape and dtype of what a sample brings beside its picture."""
+        rows = {"caption": ((self.config.caption_windows, self.config.text.max_length), np.int32)}
+        return rows if self.captions == "files" else {}
 
     @property
     def trainable(self) -> nnx.filterlib.Filter:
@@ -245,9 +258,14 @@ class DaLPSRTask:
         length = self.config.text.max_length
         return np.stack([filled(self.tokenizer, windows(self.tokenizer, t, length, 1), 1, length) for t in texts])
 
-    def _degradation_ids(self, indices: Int[Array, "B types"]) -> Int[Array, "B 1 L"]:
+    def texts(self) -> Texts:
+        """What the tokenizer makes of every text that is worded here."""
+        captions = [attribute_caption(i) for i in range(2 ** len(ATTRIBUTES))]
+        return Texts(*(jnp.asarray(self._ids(texts)) for texts in (self.degradations, captions, [""])))
+
+    def _degradation_ids(self, texts: Texts, indices: Int[Array, "B types"]) -> Int[Array, "B 1 L"]:
         places = self.config.intervals ** np.arange(len(self.config.types))[::-1]
-        return jnp.asarray(self._ids(self.degradations))[(indices * places).sum(-1)]
+        return texts.degradations[...][(indices * places).sum(-1)]
 
     def _texts(
         self,
@@ -265,10 +283,10 @@ class DaLPSRTask:
         if self.captions == "files":
             caption = batch["caption"]
         elif self.captions == "attributes":
-            caption = jnp.asarray(self._ids([attribute_caption(i) for i in range(8)]))[attributes(hq)]
+            caption = model.texts.captions[...][attributes(hq)]
         else:
-            caption = jnp.broadcast_to(self._ids([""]), (len(hq), 1, self.config.text.max_length))
-        return caption, self._degradation_ids(labels)
+            caption = jnp.broadcast_to(model.texts.none[...], (len(hq), 1, self.config.text.max_length))
+        return caption, self._degradation_ids(model.texts, labels)
 
     def _predicted(self, irpad: IRPAD, native: Float[Array, "B h w 3"]) -> Int[Array, "B types"]:
         crop = irpad.config.crop
@@ -281,35 +299,60 @@ class DaLPSRTask:
     # --- start -------------------------------------------------------------------------------------------------------
 
     def init(self, key: jax.Array) -> DaLPSRModel:
-        """Reads what `init_from` holds, makes the rest, and measures the residual's scale."""
-        config, rngs, folder = self.config, nnx.Rngs(key), Path(self.init_from)
-        fresh = {"controlnet"} | ({"unet", "text_encoder", "image_encoder"} if self.train == "joint" else set())
-        found = {name for name in makers(config) if (folder / f"{name}.safetensors").is_file()}
-        if missing := sorted(makers(config).keys() - found - fresh):
-            raise InputError(f"task.init_from is {folder}, which has no {missing[0]}.safetensors")
-        networks = {}
-        for name in makers(config):
-            trained = name in fresh or name == "image_encoder"
-            precision = (MIXED if trained else BFLOAT16) if self.mixed else FLOAT32
-            make = makers(config, precision)[name]
-            if name in found:
-                abstract = nnx.eval_shape(lambda make=make: make(nnx.Rngs(0)))
-                networks[name] = model_folder.load_network(folder, name, abstract)
-            else:
-                networks[name] = make(rngs)
-        system = DaLPSR(config, networks=networks)
+        """What `init_from` holds, the rest new; the residual's scale is measured."""
+        self._found()
+        return self.load(self.create(key))
+
+    @property
+    def _fresh(self) -> set[str]:
+        """The networks that may start from nothing."""
+        return {"controlnet"} | ({"unet", "text_encoder", "image_encoder"} if self.train == "joint" else set())
+
+    def _found(self) -> set[str]:
+        """The networks that `init_from` holds."""
+        if self.init_from is None:
+            raise InputError("task.init_from must name a model folder with the networks to start from")
+        names = makers(self.config).keys()
+        found = {name for name in names if (Path(self.init_from) / f"{name}.safetensors").is_file()}
+        if missing := sorted(names - found - self._fresh):
+            raise InputError(f"task.init_from is {self.init_from}, which has no {missing[0]}.safetensors")
+        return found
+
+    def create(self, key: jax.Array) -> DaLPSRModel:
+        """All networks with random weights, all texts empty."""
+        config, rngs = self.config, nnx.Rngs(key)
+
+        def precision(name: str) -> Precision:
+            trained = name in self._fresh or name == "image_encoder"
+            return (MIXED if trained else BFLOAT16) if self.mixed else FLOAT32
+
+        system = DaLPSR(config, networks={name: makers(config, precision(name))[name](rngs) for name in makers(config)})
+        if config.prediction == "x0":
+            silence(system.unet)
+        length = config.text.max_length
+        sizes = config.intervals ** len(config.types), 2 ** len(ATTRIBUTES), 1
+        texts = Texts(*(jnp.zeros((size, 1, length), jnp.int32) for size in sizes))
+        irpad = None if self.degradation == "oracle" else IRPAD(irpad_system.read_config(self.irpad), rngs=rngs)
+        critics = Critics(self.picture, rngs=rngs) if self.picture and self.picture.needs_critics else None
+        return DaLPSRModel(system, texts, irpad, critics)
+
+    def load(self, model: DaLPSRModel) -> DaLPSRModel:
+        """Reads what `init_from` holds and IRPAD, words the texts, measures the residual's scale."""
+        config, system, found = self.config, model.system, self._found()
+        for name in found:
+            setattr(system, name, model_folder.load_network(self.init_from, name, getattr(system, name)))
         if "controlnet" not in found and "unet" in found:
             system.controlnet = start_from(system.controlnet, system.unet)
-        if "unet" not in found and config.prediction == "x0":
-            silence(system.unet)
         if config.flow == "residual":
             hq = jnp.asarray(sample_crops(self.photos, 128, self.local_crop, seed=1))
             system.residual_scale.set_value(jax.jit(self._residual_rms)(system, hq, jax.random.key(1)))
-        irpad = None if self.degradation == "oracle" else irpad_system.read_irpad(self.irpad)
-        if irpad is not None and (irpad.config.types, irpad.config.intervals) != (config.types, config.intervals):
-            raise InputError(f"task.irpad is {self.irpad}, which words other types or intervals than the system")
-        critics = Critics(self.picture, rngs=rngs) if self.picture and self.picture.needs_critics else None
-        return DaLPSRModel(system, irpad, critics)
+        model.texts = self.texts()
+        if self.degradation != "oracle":
+            model.irpad = irpad_system.read_irpad(self.irpad)
+            own = model.irpad.config
+            if (own.types, own.intervals) != (config.types, config.intervals):
+                raise InputError(f"task.irpad is {self.irpad}, which words other types or intervals than the system")
+        return model
 
     def _residual_rms(self, system: DaLPSR, hq: Float[Array, "B H W 3"], key: jax.Array) -> Float[Array, "C"]:
         _, lq, hq, _ = self._pairs(hq, None, key)
@@ -339,7 +382,7 @@ class DaLPSRTask:
         pairs = self._pairs(as_float(batch["hq"]), batch["box"], keys[0])
         _, lq, hq, _ = pairs
         caption, degradation = self._texts(model, batch, pairs, (keys[1],))
-        none = jnp.asarray(self._ids([""]))
+        none = model.texts.none[...]
 
         def dropped(ids: Array, share: float, key: jax.Array) -> Array:
             return jnp.where(jax.random.uniform(key, (len(ids), 1, 1)) < share, none, ids)
@@ -351,8 +394,9 @@ class DaLPSRTask:
         lq_latent = jax.lax.stop_gradient(system.encode_lq(lq))
         x0 = system.to_flow(jax.lax.stop_gradient(system.encode_hq(hq, keys[4])), lq_latent)
         noise = jax.random.normal(keys[5], x0.shape)
-        objective, estimate = self._objective(system, x0, noise, prompt, hint, keys[6])
-        metrics = {"objective": objective}
+        losses, time, estimate = self._objective(system, x0, noise, prompt, hint, keys[6])
+        objective = jnp.mean(losses)
+        metrics = {"objective": objective} | loss_by_time(losses, time, "objective")
         if self.picture is None:
             return self.flow_weight * objective, metrics
         image = system.decode(system.from_flow(estimate, lq_latent))
@@ -368,8 +412,8 @@ class DaLPSRTask:
 
     def _objective(
         self, system: DaLPSR, x0: Array, noise: Array, prompt: Prompt, hint: Array, key: jax.Array
-    ) -> tuple[Float[Array, ""], Float[Array, "B h w C"]]:
-        """The loss, and what the network takes for the clean variable."""
+    ) -> tuple[Float[Array, "B"], Float[Array, "B"], Float[Array, "B h w C"]]:
+        """Each sample's loss and time in [0, 1], and what the network takes for the clean variable."""
         count, keys = len(x0), jax.random.split(key)
         if (schedule := self.config.schedule) is not None:
             timestep = jax.random.randint(keys[0], (count,), 0, schedule.train_levels)
@@ -377,13 +421,14 @@ class DaLPSRTask:
             output = system.output(z, timestep, prompt, hint)
             alpha, sigma = (level[:, None, None, None] for level in schedule.level(timestep))
             error = output - schedule.target(x0, noise, timestep)
-            return jnp.mean(jnp.square(error)), schedule.x0(output, z, alpha, sigma)
+            time = timestep / schedule.train_levels
+            return jnp.mean(jnp.square(error), (1, 2, 3)), time, schedule.x0(output, z, alpha, sigma)
         sigma = FlowSchedule(shift=self.shift).training_sigma(draw_time(keys[0], (count,), self.time))
         sigma = jnp.where(jax.random.uniform(keys[1], (count,)) < self.start_share, 1.0, sigma)
         velocity, estimate = system.predict(interpolate(x0, noise, sigma), sigma, prompt, hint)
         if self.loss_kind == "velocity":
-            return velocity_loss(velocity, x0, noise), estimate
-        return jnp.mean(jnp.square(estimate - x0)), estimate
+            return jax.vmap(velocity_loss)(velocity, x0, noise), sigma, estimate
+        return jnp.mean(jnp.square(estimate - x0), (1, 2, 3)), sigma, estimate
 
     # --- shown and written -------------------------------------------------------------------------------------------
 

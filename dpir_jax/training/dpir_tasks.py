@@ -40,6 +40,7 @@ from dpir_jax.systems.dpir import DPIR, Condition, DPIRConfig
 from dpir_jax.systems.dpir_folder import read_dpir, save_dpir
 from dpir_jax.systems.prompts import drop
 from dpir_jax.training.adversary import Discriminator, adversarial_losses
+from dpir_jax.training.time_bins import loss_by_time
 
 TRUNK_CHANNELS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
 SYSTEMS = {"tiny": DPIRConfig.tiny, "nano": DPIRConfig.nano, "sd3_medium": DPIRConfig.sd3_medium}
@@ -536,10 +537,11 @@ class DiTTask:
             held = jnp.where(own[:, None, None, None], jax.lax.stop_gradient(first), z0)
         velocity, estimate = system.predict(interpolate(held, noise, sigma), sigma, condition, control)
         if self.loss_kind == "velocity":
-            flow = velocity_loss(velocity, z0, noise, loss_weight(sigma))
+            flows = jax.vmap(velocity_loss)(velocity, z0, noise, loss_weight(sigma))
         else:  # z - sigma v = z_0's estimate, so this is the published sigma^2-weighted loss
-            flow = jnp.mean(jnp.square(estimate - z0))
-        metrics = {"flow": flow}
+            flows = jnp.mean(jnp.square(estimate - z0), (1, 2, 3))
+        flow = jnp.mean(flows)
+        metrics = {"flow": flow} | loss_by_time(flows, sigma, "flow")
         if self.picture is None:
             return self.flow_weight * flow, metrics
         image = system.decode(system.from_flow(estimate, lq_latent))
