@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.batch, config.steps, config.learning_rate, config.decay_steps = 9, 3600, 5e-4, 1200
     config.log_every, config.preview_every, config.checkpoint_every, config.keep = 50, 500, 500, 2
 
-    picture = ConfigDict({"l1": 3.0, "lpips": 1.0, "adversarial": 0.1, "phase": 3.0, "crop": 48, "stages": 3})
+    picture = ConfigDict({"l1": 3.0, "lpips": 1.0, "adversarial": 0.1, "grid": 10.0, "crop": 48, "stages": 3})
     picture.weights = config_dict.placeholder(str)
     config.task_type = "dpir_jax.training.dalpsr_task:DaLPSRTask"
     config.task = ConfigDict({"system": "nano", "train": "joint", "picture": picture})

@@ -36,8 +36,8 @@ def get_config(stage: str = "encoder") -> ConfigDict:
     config.schedule, config.end_lr = "cosine", 1e-5
     config.log_every, config.preview_every, config.checkpoint_every, config.keep = 50, 1000, 500, 2
 
-    picture = ConfigDict({"l1": 2.0, "lpips": 1.0, "dists": 1.0, "adversarial": 0.0, "phase": 3.0})
-    picture.crop, picture.stages = 48, 4
+    picture = ConfigDict({"l1": 2.0, "lpips": 1.0, "dists": 1.0, "adversarial": 0.0, "grid": 10.0})
+    picture.crop, picture.stages = 80, 4
     picture.weights = config_dict.placeholder(str)
     config.task = ConfigDict({"system": "nano", "recipes": ("realesrgan", "light"), "picture": picture})
     config.task.init_from = config_dict.placeholder(str)
@@ -58,11 +58,11 @@ def get_config(stage: str = "encoder") -> ConfigDict:
     elif stage == "encoder":
         config.batch, config.steps, config.learning_rate, config.decay_steps = 2, 5000, 3e-4, 2000
     else:
-        picture.l1, picture.adversarial = 1.0, 0.1  # Real-ESRGAN's weights beside a perceptual loss of weight 1
-        config.batch, config.steps, config.learning_rate, config.decay_steps = 2, 5000, 3e-4, 1000
+        picture.adversarial = 0.1  # Real-ESRGAN's weight beside a perceptual loss of weight 1
+        config.batch, config.steps, config.learning_rate, config.decay_steps = 2, 2500, 3e-4, 2000
     if stage == "dit":
         config.task.flow_weight = 0.1
-        config.task.start_share, config.task.rollout_share = 0.4, 0.3
+        config.task.start_share, config.task.rollout_share = 0.6, 0.7
     config.task.photos = PHOTOS
     config.data = ConfigDict({"folders": PHOTOS, "local_crop": 128, "global_crop": 320})
     config.data.by_area, config.data.flips, config.data.rotations = True, True, True

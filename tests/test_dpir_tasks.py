@@ -19,8 +19,9 @@ from dpir_jax.training.dpir_tasks import (
     DiTTask,
     EncoderTask,
     PictureLoss,
+    grid_loss,
     local_corners,
-    phase_loss,
+    repetition,
     sample_crops,
 )
 from dpir_jax.training.state import init_state
@@ -75,19 +76,25 @@ def batch(photos, size=48):
     return {"hq": (crops * 255).astype(np.uint8), "box": corners}
 
 
-def test_a_grid_raises_the_phase_loss_whatever_its_shape():
+@pytest.mark.parametrize("period", [4, 8])
+def test_hatching_of_any_shape_raises_the_grid_loss(period):
     hq = jnp.asarray(sample_crops((str(DEMO / "hq"),), 8, 128, seed=1))
+    assert grid_loss(hq, hq, 4) == 0
     y, x = jnp.mgrid[:128, :128]
-    plain = phase_loss(hq, 4)
-    assert plain < 0.06
-    np.testing.assert_allclose(phase_loss(hq[:, 2:-2, 2:-2], 4), plain, atol=0.01)  # a photo has no favourite place
-    for angle in (0, jnp.pi / 4):
-        stripes = jnp.cos(jnp.pi / 2 * x + angle)
-        for grid in (stripes, stripes * jnp.cos(jnp.pi / 2 * y + angle), stripes * jnp.sign(jnp.sin(y / 9))):
-            assert phase_loss(hq + 3 / 255 * grid[..., None], 4) > 1.3 * plain
+    grain = jax.random.normal(jax.random.key(0), hq.shape)
+    plain = grid_loss(hq + 3 / 255 * grain, hq, 4)  # as strong, and without a period
+    for place in (0, 1):
+        along_x, along_y = (4.0 * (axis % period == place) - 1 for axis in (x, y))
+        turning = jnp.sign(jnp.sin(y / 9))  # what would cancel in a mean over the picture
+        for pattern in (along_x, along_y, along_x * along_y / 3, along_x * turning):
+            assert grid_loss(hq + 3 / 255 * pattern[..., None], hq, 4) > 5 * plain
 
-    grain = 3 / 255 * jax.random.normal(jax.random.key(0), hq.shape)  # as strong, but nowhere stronger
-    assert phase_loss(hq + grain, 4) < 1.1 * plain
+
+def test_repetition_is_a_correlation():
+    noise = jax.random.uniform(jax.random.key(0), (1, 64, 64, 3))
+    tiled = jnp.tile(noise[:, :8, :8], (1, 8, 8, 1))
+    assert all(float(value.min()) > 0.98 for value in repetition(tiled, 8))
+    assert all(float(jnp.abs(value).max()) < 0.2 for value in repetition(noise, 8))
 
 
 def test_stage_one_starts_at_the_fitted_autoencoder(photos, stage_one):

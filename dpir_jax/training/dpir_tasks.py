@@ -17,7 +17,7 @@ from typing import Any, Literal, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from einops import rearrange, reduce
+from einops import reduce
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -51,7 +51,7 @@ class PictureLoss:
     """What a decoded picture is compared by; a weight of 0 leaves the term out.
 
     `dists`: weight of DISTS on the same trunk, which then has DISTS's L2 pools (net "vgg" only).
-    `phase`: weight of `phase_loss` above the original's, which keeps a decoder's grid out.
+    `grid`: weight of `grid_loss`, which keeps hatching and dots of the patches out.
     `crop`: side in pixels of the random part that LPIPS and the discriminator see (0: all of it).
     `net`, `stages`: the perceptual network, "vgg" or "alex", and how many of its five stages are run. AlexNet's weights
     come with the package, but its stride of 4 teaches a 4-pixel grid; VGG16's are read from the folder `weights`.
@@ -61,7 +61,7 @@ class PictureLoss:
     lpips: float = 1.0
     dists: float = 0.0
     adversarial: float = 0.0
-    phase: float = 0.0
+    grid: float = 0.0
     crop: int = 64
     net: Literal["vgg", "alex"] = "vgg"
     stages: int = 3
@@ -89,27 +89,45 @@ class Critics(nnx.Module):
             self.discriminator = Discriminator(TRUNK_CHANNELS[config.net][: config.stages], rngs=rngs)
 
 
-def phase_loss(image: Float[Array, "B H W 3"], period: int, floor: float = 1 / 255) -> Float[Array, ""]:
-    """How visibly a picture in [0, 1] repeats with the latent grid: near 0 without a grid.
+def repetition(image: Float[Array, "B H W 3"], period: int, floor: float = 1 / 255) -> list[Float[Array, "B h w 3"]]:
+    """How much a picture in [0, 1] repeats itself after `period` pixels: in four directions, per area of 8 periods
+    or a little more.
 
-    A decoder that makes p x p pixels of a latent can draw an edge or dots into every patch, and perceptual losses and
-    adversaries reward it. A photograph's fine structure g (the picture less the mean of the four neighbours, divided by
-    its strength nearby, so that flat areas count as much as edges) looks the same from each of the p^2 places i of a
-    patch: its mean and its products with itself and its neighbours do not depend on i.
+    A network that makes p x p pixels at a time can draw a hatch into every patch, and perceptual losses and adversaries
+    on VGG's features reward it as texture. The fine structure g (the picture less the mean of the four neighbours) then
+    agrees with itself one patch further on; that of photographs hardly does:
 
-        L = mean_{i, d} |m_{i,d} - mean_j m_{j,d}|,    m_{i,d} = mean of g(x) g(x + d), and of g(x), over all x at i
+        A_d = mean g(x) g(x + d) / mean (g(x)^2 + g(x + d)^2) / 2,    means over an area, |A_d| <= 1
     """
     x = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     around = x[:, :-2, 1:-1] + x[:, 2:, 1:-1] + x[:, 1:-1, :-2] + x[:, 1:-1, 2:]
     fine = image - around / 4
-    side = math.gcd(8 * period, *image.shape[1:3])  # of the areas that "nearby" means
-    blocks = rearrange(fine, "b (h s) (w t) c -> b h s w t c", s=side, t=side)
-    strength = jnp.sqrt(jnp.mean(jnp.square(blocks), (2, 4), keepdims=True) + floor**2)
-    fine = (blocks / jax.lax.stop_gradient(strength)).reshape(fine.shape)
-    shifts = ((0, 0), (0, 1), (1, 0), (1, 1), (1, -1))
-    products = jnp.concatenate([fine, *(fine * jnp.roll(fine, shift, (1, 2)) for shift in shifts)], -1)
-    means = reduce(products, "b (h p) (w q) c -> b (p q) c", "mean", p=period, q=period)
-    return jnp.mean(jnp.abs(means - means.mean(1, keepdims=True)))
+
+    def mean(x: Array) -> Array:
+        counts = [max(1, length // (8 * period)) for length in x.shape[1:3]]
+        tall, wide = (length // count for length, count in zip(x.shape[1:3], counts))
+        x = x[:, : counts[0] * tall, : counts[1] * wide]
+        return reduce(x, "b (h s) (w t) c -> b h w c", "mean", s=tall, t=wide)
+
+    whole, first, last = slice(None), slice(None, -period), slice(period, None)
+    pairs = (
+        ((whole, first), (whole, last)),
+        ((first, whole), (last, whole)),
+        ((first, first), (last, last)),
+        ((first, last), (last, first)),
+    )
+    found = []
+    for here, there in pairs:
+        one, other = fine[:, *here], fine[:, *there]
+        found.append(mean(one * other) / (mean(jnp.square(one) + jnp.square(other)) / 2 + floor**2))
+    return found
+
+
+def grid_loss(image: Float[Array, "B H W 3"], hq: Float[Array, "B H W 3"], period: int) -> Float[Array, ""]:
+    """How much more a picture repeats itself than the original, after one latent cell and after two (a token of the
+    DiT, a cell of E_dr's coarse level). To ask for less than the original has would cost its own textures."""
+    pairs = [pair for n in (period, 2 * period) for pair in zip(repetition(image, n), repetition(hq, n))]
+    return sum(jnp.mean(jax.nn.relu(ours - theirs)) for ours, theirs in pairs) / len(pairs)
 
 
 def picture_loss(
@@ -123,10 +141,9 @@ def picture_loss(
     """The weighted sum and its terms, for pictures in [0, 1]; `period`: pixels per latent cell."""
     metrics = {"l1": jnp.mean(jnp.abs(image - hq))}
     total = config.l1 * metrics["l1"]
-    if config.phase:
-        # Chance makes the places differ a little in any photograph; to ask for less would cost sharpness.
-        metrics["phase"] = jax.nn.relu(phase_loss(image, period) - phase_loss(hq, period))
-        total += config.phase * metrics["phase"]
+    if config.grid:
+        metrics["grid"] = grid_loss(image, hq, period)
+        total += config.grid * metrics["grid"]
     if critics is None:
         return total, metrics
     if config.crop and config.crop < image.shape[1]:
