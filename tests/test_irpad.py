@@ -20,7 +20,19 @@ from dpir_jax.degradation.jpeg import jpeg
 from dpir_jax.degradation.kernels import SINC
 from dpir_jax.degradation.noise import POISSON, gaussian_noise, normal_quantile, round_to_8_bit, uniform_numbers
 from dpir_jax.errors import InputError
-from dpir_jax.models.irpad import IRPAD, IRPADConfig, block_statistics, coefficients, comb_periods, dct_matrix
+from dpir_jax.models.irpad import (
+    IRPAD,
+    LUMA_LOW,
+    MACROBLOCK,
+    IRPADConfig,
+    coefficients,
+    comb_periods,
+    crop_statistics,
+    dct_matrix,
+    line_statistics,
+    luma_statistics,
+    pooled,
+)
 from dpir_jax.models.ram import RAM, RAMConfig
 from dpir_jax.systems.config_json import to_json
 from dpir_jax.systems.irpad import (
@@ -155,9 +167,9 @@ def test_the_native_recipe_is_blur_noise_jpeg():
 def test_crops_cover_a_side_on_the_jpeg_grid(length):
     at = starts(length, 64)
     assert at[0] == 0
-    assert length - 8 < at[-1] + 64 <= length
+    assert length - MACROBLOCK < at[-1] + 64 <= length
     assert (np.diff(at) <= 64).all()
-    assert (at % 8 == 0).all()
+    assert (at % MACROBLOCK == 0).all()
 
 
 def test_half_of_the_looks_go_to_detail():
@@ -168,9 +180,13 @@ def test_half_of_the_looks_go_to_detail():
 
 def test_a_photo_is_seen_as_in_training():
     pixels = np.asarray(picture(), np.float32) / 255
-    got = photo_looks(pixels, 16, 4)
-    np.testing.assert_array_equal(got, np.asarray(batch_looks(jnp.asarray(pixels)[None], 16, 4))[0])
-    assert photo_looks(pixels[:20, :17], 32, 4).shape == (4, 32, 32, 3)
+    square = jnp.asarray(pixels[:32, 16:])[None]
+    seen = np.asarray(batch_looks(square, 16, 4))[0]
+    regions = photo_looks(pixels, 16, 4)  # 2 x 2 of 32 pixels: at rows 0 and 32, columns 0 and 16
+    assert regions.shape == (4, 4, 16, 16, 3)
+    assert any((looks == seen).all() for looks in regions)
+    assert photo_looks(pixels, 16, 4, regions=2).shape == (2, 4, 16, 16, 3)
+    assert photo_looks(pixels[:20, :17], 32, 4).shape == (1, 4, 32, 32, 3)
 
 
 @pytest.mark.parametrize("corner", [(0, 0), (3, 5), (7, 1)])
@@ -195,16 +211,38 @@ def test_a_photo_without_a_grid_begins_at_its_corner():
 def test_the_dct_is_orthonormal_and_the_comb_finds_the_step():
     dct = dct_matrix()
     np.testing.assert_allclose(dct.T @ dct, np.eye(64), atol=1e-6)
-    step = float(comb_periods(4)[10, 2])
+    step = float(comb_periods(4)[9, 2])
     c = np.zeros((1, 1, 64), np.float32)
-    c[..., 10] = 3 * step
+    c[..., 9] = 3 * step
     luma = (c @ dct.T).reshape(1, 8, 8)
-    features = np.asarray(block_statistics(coefficients(jnp.asarray(luma)), 4))[0]
-    comb = features[128 : 128 + 256].reshape(64, 4)
-    assert comb[10, 2] == pytest.approx(1, abs=1e-3)
-    assert (comb[10, :2] < 0.9).all()
+    features = np.asarray(luma_statistics(coefficients(jnp.asarray(luma)), 4))[0]
+    comb = features[6 * 64 : 6 * 64 + 4 * len(LUMA_LOW)].reshape(4, -1)[:, list(LUMA_LOW).index(9)]
+    assert comb[2] == pytest.approx(1, abs=1e-3)
+    assert (comb[:2] < 0.9).all()
     np.testing.assert_allclose(features[0], -1, atol=1e-3)  # log1p(0) / 2 - 1
-    np.testing.assert_allclose(features[64 + 9 : 64 + 11], [1, 0], atol=1e-3)  # zero; not zero
+    np.testing.assert_allclose(features[64 + 8 : 64 + 10], [1, 0], atol=1e-3)  # zero; not zero
+
+
+def test_the_statistics_of_edges_follow_the_blur():
+    """A step's difference over 2k pixels by that over 4, for the cumulative normal distribution that blurs it."""
+    at = np.arange(64) - 31.5
+    for sigma in (0.8, 2.5):
+        profile = 100 * np.asarray(jax.scipy.special.ndtr(jnp.asarray(at / sigma)))
+        across = np.asarray(line_statistics(jnp.asarray(np.tile(profile, (64, 1)), jnp.float32)[None]))[0]
+        edges = across[-12:-6]  # of columns, found over 4 pixels: reaches 1, 3, 4, 6, 8, 11
+        span = {k: profile[11 + k : 53 + k] - profile[11 - k : 53 - k] for k in (1, 2, 3, 4, 6, 8, 11)}
+        weight = span[2] ** 3
+        wanted = [(weight * span[k]).sum() / (weight * span[2]).sum() - 1 for k in (1, 3, 4, 6, 8, 11)]
+        np.testing.assert_allclose(edges, wanted, atol=1e-3)
+
+
+def test_sections_add_up():
+    for encoder, side in ((TINY.encoder, 16), (IRPADConfig.nano().encoder, 64)):
+        got = jax.eval_shape(
+            lambda crops, periods=encoder.periods: crop_statistics(crops, periods),
+            np.zeros((2, side, side, 3), np.float32),
+        )
+        assert got.shape == (2, encoder.features)
 
 
 def test_both_forms_of_candidates_give_probabilities_per_type():
@@ -252,7 +290,7 @@ def test_configs_are_checked(change, told):
 
 # --- training --------------------------------------------------------------------------------------------------------
 
-TASK = {"system": "tiny", "region": 32, "looks": 2, "second_count": 2, "second": ["native"], "scale": 1}
+TASK = {"system": "tiny", "region": 32, "second_count": 2, "second": ["native"], "scale": 1}
 BATCH = {"hq": np.stack([picture(48, 48, seed) for seed in range(4)]), "box": np.zeros((4, 2), np.int32)}
 
 
@@ -328,6 +366,29 @@ def test_rams_weights_are_taken_over_and_its_encoder_is_frozen(tmp_path, monkeyp
         irpad_task.take_over(network, tmp_path / "ram")
 
 
+def test_targets_are_shared_between_neighbours():
+    got = irpad_task.shares(jnp.array([0.25, 0.4, 1.0]), 4, 0.02)
+    np.testing.assert_allclose(got, [[0.5, 0.5, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]], atol=1e-5)
+
+
+def test_a_step_sees_some_of_the_looks():
+    statistics = jnp.broadcast_to(jnp.arange(1.0, 7.0)[None, :, None], (50, 6, 2))
+    shown = [np.unique(row) for row in np.asarray(irpad_task.some(statistics, 2, jax.random.key(0)))]
+    assert {len(looks) for looks in shown} == {2, 3, 4, 5, 6}
+
+
+def test_statistics_are_standardised_and_hidden_ones_count_as_usual():
+    network = random_network(lambda: IRPAD(TINY, rngs=nnx.Rngs(0)))
+    statistics = jax.random.normal(jax.random.key(0), (40, 4, TINY.encoder.features)) * 3 + 5
+    network.encoder.standardise(statistics)
+    shown = (pooled(statistics) - network.encoder.centre[...]) / network.encoder.spread[...]
+    np.testing.assert_allclose(shown.mean(0), 0, atol=1e-4)
+    np.testing.assert_allclose(shown.std(0), 1, atol=0.02)
+    seen = jnp.zeros((1, 3 * TINY.encoder.features), bool)
+    hidden = [network.encoder.read(statistics[i : i + 1], seen) for i in range(2)]
+    np.testing.assert_array_equal(*hidden)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -348,13 +409,13 @@ def test_statistics_are_drawn_once_and_gone_through_in_order(tmp_path, monkeypat
     photos.mkdir()
     Image.fromarray(picture(56, 64)).save(photos / "a.png")
     settings = {"folders": (str(photos),), "region": 32, "global_crop": 40, "once": 8, "twice": 4}
-    task = {"system": "tiny", "looks": 2, "tables": ("published",), "second": ("native",), "scale": 1}
+    task = {"system": "tiny", "tables": ("published",), "second": ("native",), "scale": 1}
 
     def batches(**changes):
         return irpad_statistics.batches(batch=3, seed=0, cache=str(tmp_path / "cache"), **(settings | task | changes))
 
     stream = batches()
-    assert stream.arrays["statistics"].shape == (12, 2, TINY.encoder.features)
+    assert stream.arrays["statistics"].shape == (12, TINY.looks, TINY.encoder.features)
     assert stream.arrays["once"].sum() == 8
     first = [next(stream) for _ in range(5)]  # into the second epoch
     seen = np.concatenate([batch["severity"] for batch in first[:4]])
@@ -389,7 +450,9 @@ def test_scores():
     probabilities = np.full((4, 3, 4), 0.1)
     for sample, row in enumerate([[0, 1, 2], [2, 1, 2], [3, 1, 2], [1, 1, 2]]):
         probabilities[sample, np.arange(3), row] = 0.7
-    scores = Readings(TINY, labels, probabilities).scores()
+    severities = (labels + 0.5) / 4
+    scores = Readings(TINY, severities, severities + 0.1, probabilities).scores()
+    assert scores["jpeg"]["error"] == pytest.approx(0.1)
     assert (scores["blur"]["accuracy"], scores["blur"]["within_one"], scores["blur"]["majority"]) == (0.5, 0.75, 0.5)
     assert scores["noise"]["accuracy"] == 1
     assert scores["noise"]["ece"] == pytest.approx(0.3)
@@ -476,10 +539,14 @@ def test_the_command_evaluates(model, photos, tmp_path, capsys):
     scores = json.loads(file.read_text())["recipes"]["native"]
     assert scores["photos"] == 8
     assert np.sum(scores["blur"]["confusion"]) == 8
-    assert f"| native | jpeg | {100 * scores['jpeg']['accuracy']:.1f} |" in said
+    assert f"| native | 8 | jpeg | {100 * scores['jpeg']['accuracy']:.1f} |" in said
     with Image.open(sheet) as image:
         assert image.width > 1000
-    for change, told in {("--crop", 8): "crop is 8", ("--draws", 0): "draws is 0", ("--crop", 44): "needed"}.items():
+    for change, told in {
+        ("--crop", 8): "crop is 8",
+        ("--draws", 0): "draws is 0",
+        ("--crop", 52): "52x52 pixels are needed",
+    }.items():
         status, _, errors = run(capsys, *arguments, *change)
         assert status == 2
         assert told in errors

@@ -22,7 +22,7 @@ class DegradationReader:
         self.network, self.config = network, network.config
 
     def probabilities(self, looks: Float[np.ndarray, "B N S S 3"]) -> Float[np.ndarray, "B types intervals"]:
-        """Of each interval of each type, for the looks (`systems.irpad.photo_looks`) at some photos."""
+        """Of each interval of each type, for the looks (`systems.irpad.photo_looks`) at some regions."""
         return np.asarray(_probabilities(self.network, looks))
 
     def read(self, photo: PhotoLike) -> Degradation:
@@ -32,8 +32,9 @@ class DegradationReader:
           InputError: not a photo, unreadable, too small or too large.
         """
         pixels = as_photo(photo).pixels
-        looks = photo_looks(pixels, self.config.crop, self.config.looks)
-        return Degradation.of(self.config, self.probabilities(looks[None])[0])
+        regions = photo_looks(pixels, self.config.crop, self.config.looks)
+        read = [self.probabilities(looks[None])[0] for looks in regions]
+        return Degradation.of(self.config, np.mean(read, 0))
 
 
 @jax.jit

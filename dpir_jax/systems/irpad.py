@@ -4,9 +4,10 @@
 
 The numbers are the interval of the severity (`dpir_jax.degradation.severity`), in [0, 1], of every type.
 
-Looks. A photo is seen through crops at its own resolution, their corners on the JPEG grid. Of all places side by side,
-half of the looks go to those with the most detail, where blur shows, and half are spread over the rest, where noise and
-blocks show. A photo with fewer places shows them several times.
+Looks. A photo is seen through crops at its own resolution, their corners on the JPEG grid. Crops that are read together
+lie side by side in a square region, as in training; one with fewer places shows them several times, and one with more
+gives half of the looks to those with the most detail, where blur shows, and spreads half over the rest, where noise and
+blocks show. A large photo has many regions: some are chosen in the same way, and what is read there is averaged.
 """
 
 import dataclasses
@@ -23,12 +24,13 @@ from jaxtyping import Array, Float, Int
 
 from dpir_jax import model_folder
 from dpir_jax.errors import InputError
-from dpir_jax.models.irpad import BLOCK, IRPAD, IRPADConfig, StatisticsConfig
+from dpir_jax.models.irpad import BLOCK, IRPAD, MACROBLOCK, IRPADConfig, StatisticsConfig
 from dpir_jax.models.precision import FLOAT32, Precision
 from dpir_jax.models.swin import SwinConfig
 from dpir_jax.systems.config_json import from_json, to_json
 
 CONFIGS = {cls.__name__: cls for cls in (IRPADConfig, StatisticsConfig, SwinConfig)}
+REGIONS = 6  # of a photo that are read at most
 CELL = 4  # pixels over which detail is averaged, so that noise is not taken for it
 
 
@@ -87,10 +89,10 @@ class Degradation:
 
 
 def starts(length: int, crop: int) -> np.ndarray:
-    """Where crops begin along one side so that they cover it, on multiples of 8, but for fewer than 8 pixels."""
-    room = max(length - crop, 0) // BLOCK * BLOCK
-    count = math.ceil(room / crop) + 1
-    return np.round(np.linspace(0, room / BLOCK, count)).astype(int) * BLOCK
+    """Where crops begin along one side so that they cover it, on multiples of 16, but for fewer than 16 pixels."""
+    room = max(length - crop, 0) // MACROBLOCK
+    count = math.ceil(room * MACROBLOCK / crop) + 1
+    return np.round(np.linspace(0, room, count)).astype(int) * MACROBLOCK
 
 
 def ranks(places: int, looks: int) -> np.ndarray:
@@ -101,10 +103,10 @@ def ranks(places: int, looks: int) -> np.ndarray:
     return np.concatenate([np.arange(top), np.linspace(top, places - 1, looks - top).round().astype(int)])
 
 
-def detail(crops: Float[Array, "*N S S 3"]) -> Float[Array, "*N"]:
-    """Mean gradient between cells of 4x4 pixels. Works on arrays of NumPy and JAX."""
-    *lead, side, _, _ = crops.shape
-    cells = crops.mean(-1).reshape(*lead, side // CELL, CELL, side // CELL, CELL).mean((-3, -1))
+def detail(crops: Float[Array, "*N H W 3"]) -> Float[Array, "*N"]:
+    """Mean gradient between cells of 4x4 pixels, which divide the sides. Works on arrays of NumPy and JAX."""
+    *lead, height, width, _ = crops.shape
+    cells = crops.mean(-1).reshape(*lead, height // CELL, CELL, width // CELL, CELL).mean((-3, -1))
     down, across = abs(cells[..., 1:, :] - cells[..., :-1, :]), abs(cells[..., 1:] - cells[..., :-1])
     return down.mean((-2, -1)) + across.mean((-2, -1))
 
@@ -146,17 +148,28 @@ def grid_phase(pixels: Float[np.ndarray, "H W 3"]) -> tuple[int, int]:
     return phase[0], phase[1]
 
 
-def photo_looks(pixels: Float[np.ndarray, "H W 3"], crop: int, looks: int) -> Float[np.ndarray, "looks S S 3"]:
-    """The looks at one photo of any size, in [0, 1]; one that is too small is continued by reflection."""
+def photo_looks(
+    pixels: Float[np.ndarray, "H W 3"], crop: int, looks: int, *, regions: int = REGIONS
+) -> Float[np.ndarray, "R looks S S 3"]:
+    """The looks at R regions of one photo of any size, in [0, 1]; one that is too small is continued by reflection."""
     row, column = grid_phase(pixels)
     pixels = pixels[row:, column:]
     short = [max(crop - side, 0) for side in pixels.shape[:2]]
     pixels = np.pad(pixels, ((0, short[0]), (0, short[1]), (0, 0)), "symmetric")
-    rows, columns = (starts(side, crop) for side in pixels.shape[:2])
-    details = np.array([[detail(pixels[y : y + crop, x : x + crop]) for x in columns] for y in rows])
-    chosen = choose(details.reshape(-1), looks)
-    corners = [(rows[index // len(columns)], columns[index % len(columns)]) for index in chosen]
-    return np.stack([pixels[y : y + crop, x : x + crop] for y, x in corners])
+    squares = _pieces(pixels, math.isqrt(looks) * crop)
+    chosen = choose(_details(squares), min(regions, len(squares)))
+    parts = [_pieces(squares[index], crop) for index in chosen]
+    return np.stack([np.stack([crops[i] for i in choose(_details(crops), looks)]) for crops in parts])
+
+
+def _pieces(pixels: np.ndarray, side: int) -> list[np.ndarray]:
+    rows, columns = (starts(length, side) for length in pixels.shape[:2])
+    return [pixels[y : y + side, x : x + side] for y in rows for x in columns]
+
+
+def _details(pieces: list[np.ndarray]) -> np.ndarray:
+    height, width = (length // CELL * CELL for length in pieces[0].shape[:2])  # all pieces are equally large
+    return np.array([detail(piece[:height, :width]) for piece in pieces])
 
 
 # --- the model folder ------------------------------------------------------------------------------------------------

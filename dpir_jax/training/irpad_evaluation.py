@@ -7,6 +7,7 @@ the photo's central square. Per type:
     within_one    or a neighbour of it
     majority      accuracy of always naming the interval that was drawn most often: what chance gives
     ece           expected calibration error: |accuracy - confidence| averaged over ten bins of the confidence
+    error         mean distance of the second target's estimate of the severity from it, in [0, 1]
 """
 
 import dataclasses
@@ -51,16 +52,23 @@ class Readings:
     """True and predicted for N degraded photos."""
 
     config: IRPADConfig
-    labels: Int[np.ndarray, "N types"]
+    severities: Float[np.ndarray, "N types"]
+    estimates: Float[np.ndarray, "N types"]
     probabilities: Float[np.ndarray, "N types intervals"]
+
+    @property
+    def labels(self) -> Int[np.ndarray, "N types"]:
+        """The true intervals."""
+        return np.asarray(interval(jnp.asarray(self.severities), self.config.intervals))
 
     def scores(self) -> dict[str, Any]:
         """As JSON values: per type the numbers of the module's docstring and the confusion matrix (rows: true)."""
-        unseen = np.asarray(held_out(jnp.asarray(self.labels)))
-        out: dict[str, Any] = {"photos": len(self.labels)}
+        labels = self.labels
+        unseen = np.asarray(held_out(jnp.asarray(labels)))
+        out: dict[str, Any] = {"photos": len(labels)}
         guesses = self.probabilities.argmax(-1)
         for i, kind in enumerate(self.config.types):
-            truth, guess, confidence = self.labels[:, i], guesses[:, i], self.probabilities[:, i].max(-1)
+            truth, guess, confidence = labels[:, i], guesses[:, i], self.probabilities[:, i].max(-1)
             right = truth == guess
             confusion = np.zeros((self.config.intervals,) * 2, int)
             np.add.at(confusion, (truth, guess), 1)
@@ -69,6 +77,7 @@ class Readings:
                 "within_one": float((abs(truth - guess) <= 1).mean()),
                 "majority": float(np.bincount(truth).max() / len(truth)),
                 "ece": calibration_error(confidence, right),
+                "error": float(abs(self.estimates[:, i] - self.severities[:, i]).mean()),
                 "held_out": float(right[unseen].mean()) if unseen.any() else None,
                 "trained": float(right[~unseen].mean()) if (~unseen).any() else None,
                 "confusion": confusion.tolist(),
@@ -95,8 +104,10 @@ def evaluate(
 ) -> Readings:
     """Degrades the central `crop` x `crop` pixels of each good photo `draws` times and reads every result.
 
+    Smaller photos are left out.
+
     Raises:
-      InputError: no photo, one that cannot be read or is smaller than the crop, or a crop that does not fit the scale.
+      InputError: no photo is large enough, one cannot be read, or a crop that does not fit the scale.
     """
     config = network.config
     if crop % recipe.scale or crop < config.crop:
@@ -105,18 +116,18 @@ def evaluate(
         )
     if draws < 1:
         raise InputError(f"draws is {draws}; it must be at least 1")
-    squares = np.stack([_centre(read_pixels(path, min_side=crop), crop) for path in find_photos(photos)])
+    pictures = [pixels for path in find_photos(photos) if min((pixels := read_pixels(path)).shape[:2]) >= crop]
+    if not pictures:
+        raise InputError(f"no photo is large enough: {crop}x{crop} pixels are needed")
+    squares = np.stack([_centre(pixels, crop) for pixels in pictures])
     samples = [(i, j) for i in range(len(squares)) for j in range(draws)]
-    labels, probabilities = [], []
+    parts = []
     for start in progress(range(0, len(samples), BATCH)):
         part = samples[start : start + BATCH]
         part += part[-1:] * (BATCH - len(part))  # one shape
         index, draw = np.array(part).T
-        truth, guess = _read(network, squares[index], jax.random.key(seed), index, draw, recipe)
-        labels.append(truth)
-        probabilities.append(guess)
-    count = len(samples)
-    return Readings(config, np.concatenate(labels)[:count], np.concatenate(probabilities)[:count])
+        parts.append(_read(network, squares[index], jax.random.key(seed), index, draw, recipe))
+    return Readings(config, *(np.concatenate(column)[: len(samples)] for column in zip(*parts)))
 
 
 def _centre(pixels: np.ndarray, crop: int) -> np.ndarray:
@@ -131,13 +142,16 @@ def _read(network: IRPAD, hq: np.ndarray, key: Array, index: np.ndarray, draw: n
 
     plan = jax.vmap(one)(jnp.asarray(index), jnp.asarray(draw))
     lq = apply_plan(plan, jnp.asarray(hq, jnp.float32) / 255, recipe)
-    truth = interval(severities(plan, network.config.types), network.config.intervals)
-    return np.asarray(truth), np.asarray(_predict(network, lq))
+    estimates, probabilities = _predict(network, lq)
+    return tuple(map(np.asarray, (severities(plan, network.config.types), estimates, probabilities)))
 
 
 @jax.jit
-def _predict(network: IRPAD, lq: Float[Array, "B H W 3"]) -> Float[Array, "B types intervals"]:
-    return network(batch_looks(lq, network.config.crop, network.config.looks))
+def _predict(
+    network: IRPAD, lq: Float[Array, "B H W 3"]
+) -> tuple[Float[Array, "B types"], Float[Array, "B types intervals"]]:
+    tokens = network.tokens(batch_looks(lq, network.config.crop, network.config.looks))
+    return network.severities(tokens), jnp.exp(network.log_probabilities(network.logits(tokens)))
 
 
 # --- for people ------------------------------------------------------------------------------------------------------
@@ -145,13 +159,13 @@ def _predict(network: IRPAD, lq: Float[Array, "B H W 3"]) -> Float[Array, "B typ
 
 def table(scores: Mapping[str, Mapping[str, Any]], types: Iterable[str]) -> str:
     """The scores of several recipes as a table in Markdown, in per cent."""
-    head = ("recipe", "type", "accuracy", "within one", "majority", "ECE", "held out", "trained on")
-    names = ("accuracy", "within_one", "majority", "ece", "held_out", "trained")
+    head = ("recipe", "readings", "type", "accuracy", "within one", "majority", "ECE", "error", "held out", "others")
+    names = ("accuracy", "within_one", "majority", "ece", "error", "held_out", "trained")
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for recipe, result in scores.items():
         for kind in types:
             cells = ("" if result[kind][name] is None else f"{100 * result[kind][name]:.1f}" for name in names)
-            lines.append(f"| {recipe} | {kind} | {' | '.join(cells)} |")
+            lines.append(f"| {recipe} | {result['photos']} | {kind} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -1,6 +1,9 @@
 """IRPAD as a training task: crops of degraded photos, labels from the plan that degraded them.
 
-    loss = sum over types of the cross-entropy of the interval  +  w |severity - estimate|^2
+    loss = sum over types of the cross-entropy of the intervals  +  w |severity - estimate|
+
+The intervals are ordered, and a photo at the border of two is no better evidence for one than for the other. The target
+is therefore the share of a normal distribution about the true severity that falls into each (`shares`).
 
 The first part of a batch is degraded once, at its own resolution, by the recipe `native` with every JPEG table in turn;
 the rest by the second-order recipes, from larger crops. Combinations of intervals with
@@ -18,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
+from safetensors.numpy import load_file
 
 from dpir_jax import model_folder
 from dpir_jax.degradation import Recipe, degrade, interval, severities
@@ -49,29 +53,33 @@ class IRPADTask:
       system: "nano", "ram" or "tiny".
       candidates: "phrases" or "sentences".
       region: side in pixels of what is degraded at its own resolution: the local crop of the data.
-      looks: crops per photo in training; where fewer fit, they are repeated.
-      seen: of looks whose statistics were drawn beforehand, how many a step sees, at random.
       tables: JPEG tables of the first part, split evenly.
       second: recipes of the second part, split evenly; `second_count`: how many photos of the batch it gets.
       scale: of the second part.
       hold_out: leave an eighth of the combinations out of the first part.
+      softness: standard deviation of the distribution that a severity is taken for.
       severity_weight: of the second target.
+      masked: share of the statistics that a step does not see, drawn anew for each photo.
+      least: of looks whose statistics were drawn beforehand, how many a step sees at least.
       init_from: a model folder with RAM's network, whose image encoder (then frozen) and head are taken over.
+      statistics: folder of statistics (`irpad_statistics`), whose first file tells what is usual.
       description: what the exported model says of itself.
     """
 
     system: str = "nano"
     candidates: str = "phrases"
     region: int = 256
-    looks: int = 8
-    seen: int = 4
     tables: tuple[str, ...] = TABLES
     second: tuple[str, ...] = ("realesrgan",)
     second_count: int = 4
     scale: int = 4
     hold_out: bool = False
+    softness: float = 0.03
     severity_weight: float = 3.0
+    masked: float = 0.1
+    least: int = 8
     init_from: str | None = None
+    statistics: str | None = None
     description: str = "IRPAD"
 
     adversary = None
@@ -98,14 +106,17 @@ class IRPADTask:
 
     @property
     def trainable(self) -> nnx.filterlib.Filter:
-        """All parameters but RAM's image encoder."""
-        return nnx.Not(nnx.PathContains("visual_encoder")) if self.system == "ram" else nnx.Param
+        """All parameters but RAM's image encoder, and the mean and spread of statistics."""
+        frozen = map(nnx.PathContains, ("visual_encoder", "centre", "spread"))
+        return nnx.All(nnx.Param, nnx.Not(nnx.Any(*frozen)))
 
     def init(self, key: jax.Array) -> IRPAD:
         """Random weights, or RAM's where there are any."""
         network = IRPAD(self.config, rngs=nnx.Rngs(key))
         if self.init_from:
             take_over(network, self.init_from)
+        if self.statistics and (drawn := sorted(Path(self.statistics).glob("*.safetensors"))):
+            network.encoder.standardise(jnp.asarray(load_file(drawn[0])["statistics"], jnp.float32))
         return network
 
     def degraded(
@@ -113,7 +124,7 @@ class IRPADTask:
     ) -> dict[str, tuple[Float[Array, "B N S S 3"], Float[Array, "B types"]]]:
         """The looks and severities of the parts "first" and "second" of a batch of good crops.
 
-        Where `looks` would show each place several times, each is given once: `repeated` makes up the number.
+        Where fewer places than looks fit, each is given once: `repeated` makes up the number.
         """
         whole = as_float(batch["hq"])
         count = len(whole) - self.second_count
@@ -133,7 +144,7 @@ class IRPADTask:
                     drawn.append(severities(plan, self.config.types))
             lq = jnp.concatenate(lqs)
             places = math.prod(len(starts(side, self.config.crop)) for side in lq.shape[1:3])
-            looks = self.looks if self.looks % places else places
+            looks = min(self.config.looks, places)
             out[name] = batch_looks(lq, self.config.crop, looks), jnp.concatenate(drawn)
         return out
 
@@ -142,11 +153,12 @@ class IRPADTask:
     ) -> tuple[Float[Array, "B T E"], Float[Array, "B types"], Bool[Array, "B"]]:
         """Tokens, severities, and whether the photo was degraded once; of `irpad_statistics` or of good crops."""
         if "statistics" in batch:
-            order = jax.random.uniform(key, batch["statistics"].shape[:2]).argsort(1)[:, : self.seen, None]
-            statistics = jnp.take_along_axis(batch["statistics"], order, 1).astype(jnp.float32)
-            return model.encoder.read(statistics), batch["severity"], batch["once"]
+            masking, choosing = jax.random.split(key)
+            statistics = some(batch["statistics"].astype(jnp.float32), self.least, choosing)
+            seen = jax.random.bernoulli(masking, 1 - self.masked, (len(statistics), 3 * statistics.shape[-1]))
+            return model.encoder.read(statistics, seen), batch["severity"], batch["once"]
         parts = self.degraded(batch, key)
-        tokens = [repeated(model.tokens(looks), self.looks // looks.shape[1]) for looks, _ in parts.values()]
+        tokens = [model.tokens(repeated(looks, self.config.looks)) for looks, _ in parts.values()]
         drawn = [severity for _, severity in parts.values()]
         once = np.repeat([name == "first" for name in parts], [len(severity) for severity in drawn])
         return jnp.concatenate(tokens), jnp.concatenate(drawn), jnp.asarray(once)
@@ -157,8 +169,8 @@ class IRPADTask:
         tokens, severity, once = self._examples(model, batch, key)
         labels = interval(severity, config.intervals)
         log_p = model.log_probabilities(model.logits(tokens))
-        entropy = -jnp.take_along_axis(log_p, labels[..., None], -1)[..., 0]  # [B, types]
-        error = jnp.square(model.severities(tokens) - severity)
+        entropy = -(shares(severity, config.intervals, self.softness) * log_p).sum(-1)  # [B, types]
+        error = jnp.abs(model.severities(tokens) - severity)
         right = (log_p.argmax(-1) == labels).astype(jnp.float32)
         used = ~(once & held_out(labels)) if self.hold_out else jnp.ones_like(once)
 
@@ -180,9 +192,26 @@ class IRPADTask:
         save_irpad(out, model, description=self.description, dtype=jnp.float16)
 
 
-def repeated(tokens: Float[Array, "B T E"], times: int) -> Float[Array, "B n E"]:
-    """The tokens over and over: what looking at the same places again would give."""
-    return jnp.tile(tokens, (1, times, 1))
+def shares(severity: Float[Array, "*B"], intervals: int, softness: float) -> Float[Array, "*B intervals"]:
+    """How much of a normal distribution about each severity falls into each interval; the outer ones are open."""
+    borders = jnp.arange(1, intervals) / intervals
+    below = jax.scipy.special.ndtr((borders - severity[..., None]) / softness)
+    return jnp.diff(below, axis=-1, prepend=0.0, append=1.0)
+
+
+def some(statistics: Float[Array, "B N F"], least: int, key: Key[Array, ""]) -> Float[Array, "B N F"]:
+    """Those of `least` to N of the looks, drawn anew for each photo; the others are replaced by them."""
+    ordering, counting = jax.random.split(key)
+    number, looks, _ = statistics.shape
+    order = jax.random.uniform(ordering, (number, looks)).argsort(1)
+    count = jax.random.randint(counting, (number, 1), min(least, looks), looks + 1)
+    chosen = jnp.take_along_axis(order, jnp.arange(looks) % count, 1)
+    return jnp.take_along_axis(statistics, chosen[..., None], 1)
+
+
+def repeated(looks: Shaped[Array, "B n *S"], count: int) -> Shaped[Array, "B count *S"]:
+    """The looks over and over: what `systems.irpad.ranks` gives where there are fewer places than looks."""
+    return looks[:, np.arange(count) % looks.shape[1]]
 
 
 def take_over(network: IRPAD, folder: str | Path) -> None:
