@@ -103,11 +103,6 @@ def original_guess(shapes: Mapping[str, Shape]) -> dict[str, Any]:
 def _guess(shapes: Mapping[str, Shape], **names: str) -> dict[str, Any]:
     width, channels, patch, _ = shapes[names["patch"]]
     head_dim = shapes[names["norm"]][0] if names["norm"] in shapes else 64  # all published ones
-    if width % head_dim:
-        raise InputError(
-            f"the transformer is {width} wide, no multiple of the published heads of 64; "
-            "put its config.json beside the weights"
-        )
 
     def numbers(pattern: str) -> list[int]:
         return sorted({int(match[1]) for key in shapes if (match := re.fullmatch(pattern, key))})
