@@ -190,6 +190,9 @@ def test_what_a_refused_program_needed():
 class TracedToyTask(ToyTask):
     """The toy task, whose networks can be made inside of a trace."""
 
+    def check(self):
+        pass
+
     def create(self, key):
         return Toy(self.width, rngs=nnx.Rngs(key))
 

@@ -25,8 +25,9 @@ from dpir_jax.systems.dalpsr_folder import read_dalpsr, write_tokenizer
 from dpir_jax.systems.irpad import save_irpad
 from dpir_jax.systems.tokenizers import WordTokenizer
 from dpir_jax.training import dalpsr_task
+from dpir_jax.training.config import TrainConfig
 from dpir_jax.training.dalpsr_task import DaLPSRTask, attribute_caption, attributes, captioned
-from dpir_jax.training.state import split
+from dpir_jax.training.state import init_state, split
 from tests.networks import quick_jit, random_dalpsr, random_network
 
 CONFIG = DaLPSRConfig.tiny()
@@ -272,8 +273,15 @@ def test_settings_that_cannot_be(photos, stage_one, changes, words):
         make_task(photos, stage_one, **changes)
 
 
-def test_what_is_frozen_has_to_be_there(photos, stage_one):
-    with pytest.raises(InputError, match=r"task.init_from must name"):
-        make_task(photos, stage_one, init_from=None).init(jax.random.key(0))
-    with pytest.raises(InputError, match=r"has no image_encoder.safetensors"):
-        make_task(photos, stage_one, train="control").init(jax.random.key(0))
+def test_what_is_frozen_has_to_be_there(photos, stage_one, monkeypatch):
+    """And the trainer says so before it makes any network, which takes minutes at the published size."""
+    monkeypatch.setattr(DaLPSRTask, "create", lambda self, key: pytest.fail("networks were made"))
+    mesh, config = make_mesh(MeshConfig()), TrainConfig(steps=1, batch=1, learning_rate=1e-3)
+    for changes, words in (
+        ({"init_from": None}, "task.init_from must name"),
+        ({"train": "control"}, "has no image_encoder.safetensors"),
+    ):
+        task = make_task(photos, stage_one, **changes)
+        for start in (lambda task=task: task.init(jax.random.key(0)), lambda task=task: init_state(task, config, mesh)):
+            with pytest.raises(InputError, match=words):
+                start()

@@ -14,7 +14,7 @@ from dpir_jax.cli import main
 from dpir_jax.errors import InputError
 from dpir_jax.training import clock as clocks
 from dpir_jax.training.clock import StepClock, Tick, spent
-from dpir_jax.training.loop import _mean
+from dpir_jax.training.loop import _mean, _means
 from dpir_jax.training.report import find_runs, format_summary, read_run, sparkline
 from dpir_jax.training.time_bins import loss_by_time
 from tests.test_resume import ROOT
@@ -73,7 +73,9 @@ def test_loss_by_time():
     assert found == {"flow_by_time/0.00-0.25": 2.0, "flow_by_time/0.50-0.75": 5.0, "flow_by_time/0.75-1.00": 7.0}
     assert _mean("flow_by_time/0.00-0.25", np.array([1.0, np.nan, 3.0])) == 2.0
     assert np.isnan(_mean("flow", np.array([1.0, np.nan])))
-    assert np.isnan(_mean("flow_by_time/0.00-0.25", np.array([np.nan])))
+    common = {"finite": 1.0, "lr": 1.0, "loss": 2.0}
+    steps = [common | {"flow_by_time/0.00-0.25": time, "flow_by_time/0.25-0.50": np.nan} for time in (np.nan, 3.0)]
+    assert _means(steps) == common | {"flow_by_time/0.00-0.25": 3.0}
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------

@@ -300,8 +300,12 @@ class DaLPSRTask:
 
     def init(self, key: jax.Array) -> DaLPSRModel:
         """What `init_from` holds, the rest new; the residual's scale is measured."""
-        self._found()
+        self.check()
         return self.load(self.create(key))
+
+    def check(self) -> None:
+        """`InputError` where `init_from` lacks a network that cannot start from nothing."""
+        self._found()
 
     @property
     def _fresh(self) -> set[str]:

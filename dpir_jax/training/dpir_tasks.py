@@ -457,10 +457,11 @@ class DiTTask:
 
     def init(self, key: jax.Array) -> DiTModel:
         """All networks, on one device."""
-        self._check_source()
+        self.check()
         return self.load(self.create(key))
 
-    def _check_source(self) -> None:
+    def check(self) -> None:
+        """`InputError` where there is nothing to start from."""
         if self.init_from is None:
             raise InputError("task.init_from must name the model folder of stage 1, or of a system to go on with")
 
@@ -474,7 +475,6 @@ class DiTTask:
 
     def load(self, model: DiTModel) -> DiTModel:
         """Reads stage 1's networks and measures the residual's scale, or reads a whole system to go on with."""
-        self._check_source()
         if (Path(self.init_from) / "mmdit.safetensors").is_file():
             system = read_dpir(Path(self.init_from), model_folder.read_config(self.init_from), self._precision)
             if system.config != self.config:

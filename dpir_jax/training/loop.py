@@ -241,9 +241,13 @@ def _next(batches: Batches, step: int, size: int) -> dict[str, np.ndarray]:
 
 
 def _means(pending: list[dict[str, jax.Array]]) -> dict[str, float]:
-    """The mean of each metric over the steps since the last line; one transfer. `finite` is that of the last step."""
+    """The mean of each metric over the steps since the last line; one transfer. `finite` is that of the last step.
+
+    A loss by time is left out where none of the steps had a sample at that time.
+    """
     values = jax.device_get(pending)
     means = {name: _mean(name, np.array([value[name] for value in values], np.float64)) for name in values[-1]}
+    means = {name: mean for name, mean in means.items() if not (BY_TIME in name and np.isnan(mean))}
     return means | {"finite": float(values[-1]["finite"]), "lr": float(values[-1]["lr"])}
 
 

@@ -180,6 +180,7 @@ def init_state(
     A task with `create` and `load` (`training.task.LargeTask`) never has a whole network on one device.
     """
     if hasattr(task, "create"):
+        task.check()
         abstract, networks = abstract_state(task, config, mesh, rules)
         arrays = _create(task, config, abstract)
         with jax.default_device(_host()):

@@ -40,7 +40,13 @@ class Task(Protocol):
 
 
 class LargeTask(Task, Protocol):
-    """A task whose networks no single device could hold: `init` in two steps, `load(create(key))`."""
+    """A task whose networks no single device could hold: `init` in steps, `check()`, then `load(create(key))`.
+
+    Where its batches bring more than pictures, `inputs` gives `{name: (shape of a sample, dtype)}` (`training.ahead`).
+    """
+
+    def check(self) -> None:
+        """Raises `InputError` at once where `load` would find a setting or file missing; making networks takes long."""
 
     def create(self, key: jax.Array) -> nnx.Module:
         """All networks with random weights. Traced by `jax.jit`: every device makes its own pieces of each array."""

@@ -12,7 +12,8 @@ BY_TIME = "_by_time/"  # in the name of such a metric
 def loss_by_time(loss: Float[Array, " B"], time: Float[Array, " B"], name: str = "loss", bins: int = BINS) -> Metrics:
     """The mean loss of the samples in each part of the time, as metrics `NAME_by_time/0.25-0.50`.
 
-    A part that no sample of the batch fell into is NaN, which the log leaves out of its mean.
+    A part that no sample of the batch fell into is NaN, which the log leaves out of its mean. With `accumulate` it
+    is NaN where any of the batch's parts had no such sample.
 
     Args:
       loss: of each sample.
