@@ -32,9 +32,9 @@ def splits(entries: list[str]) -> list[tuple[str, str, str]]:
     return [entry.rpartition("=") for entry in entries]
 
 
-def dpir(*arguments: object) -> None:
-    """Runs one `dpir` command; a failure ends the benchmark."""
-    subprocess.run([sys.executable, "-m", "dpir_jax", *map(str, arguments)], check=True, stdout=subprocess.DEVNULL)
+def dpir(*arguments: object, check: bool = True) -> None:
+    """Runs one `dpir` command; a failure ends the benchmark, unless it need not `check`."""
+    subprocess.run([sys.executable, "-m", "dpir_jax", *map(str, arguments)], check=check, stdout=subprocess.DEVNULL)
 
 
 def bicubic(source: Path, out: Path, scale: int) -> None:
@@ -83,7 +83,10 @@ def main() -> None:
     for severity, recipe in SEVERITIES.items():
         pairs = arguments.out / severity
         if not (pairs / "parameters.json").exists():
-            dpir("degrade", arguments.photos, "--out", pairs, "--recipe", recipe, "--crop", 512, "--seed", 0)
+            settings = ("--out", pairs, "--recipe", recipe, "--crop", 512, "--seed", 0)
+            dpir("degrade", arguments.photos, *settings, check=False)  # names the photos that are too small
+            if not (pairs / "parameters.json").exists():
+                raise SystemExit(f"no pairs could be made of {arguments.photos}")
         bicubic(pairs / "lq", arguments.out / f"{severity}_bicubic", 4)
         base = measure(arguments.out / f"{severity}_bicubic", pairs / "hq")
         rows.append({"severity": severity, "model": "bicubic", "steps": None} | base)

@@ -30,8 +30,11 @@ def config(published: Mapping[str, Any]) -> MMDiTConfig:
     if norm not in (None, "rms_norm"):
         raise InputError(f"qk_norm is {norm!r}; SD3's transformers have none or 'rms_norm'")
     heads, head_dim = published["num_attention_heads"], published["attention_head_dim"]
-    if published.get("caption_projection_dim", heads * head_dim) != heads * head_dim:
-        raise InputError("caption_projection_dim is not num_attention_heads * attention_head_dim")
+    if (width := published.get("caption_projection_dim", heads * head_dim)) != heads * head_dim:
+        raise InputError(
+            f"the transformer is {width} wide, which num_attention_heads * attention_head_dim = {heads} * {head_dim} "
+            "is not; its config.json, beside the weights, says what they are"
+        )
     branch = published.get("control_conv")
     return MMDiTConfig(
         in_channels=published["in_channels"],
@@ -115,6 +118,7 @@ def _guess(shapes: Mapping[str, Shape], **names: str) -> dict[str, Any]:
         "num_layers": len(numbers(names["block"])),
         "attention_head_dim": head_dim,
         "num_attention_heads": width // head_dim,
+        "caption_projection_dim": width,
         "joint_attention_dim": shapes[names["context"]][1],
         "pooled_projection_dim": shapes[names["pooled"]][1],
         "pos_embed_max_size": math.isqrt(shapes[names["table"]][1]) if names["table"] in shapes else 192,

@@ -224,6 +224,17 @@ def test_both_towers_of_a_whole_clip(tmp_path):
 # --- LoRA ------------------------------------------------------------------------------------------------------------
 
 
+def test_heads_that_shapes_do_not_tell_are_asked_for(tmp_path, capsys):
+    config = dataclasses.replace(SD3, head_dim=8, num_heads=2)
+    net = random_network(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
+    save_file(export(net, FAMILIES["mmdit"].rules(config)), tmp_path / "diffusion_pytorch_model.safetensors")
+    run(tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "out", status=2)
+    assert "16 wide, which num_attention_heads * attention_head_dim = 0 * 64 is not" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "config.json").write_text(json.dumps(FAMILIES["mmdit"].published(config)))
+    run(tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "out", "--verify")
+
+
 def lora_pairs(config: MMDiTConfig, keys: list[str], family: str, rank: int = 2) -> dict[str, tuple]:
     rng = np.random.default_rng(3)
     shapes = {key: tensor.shape for key, tensor in export(network("sd3"), FAMILIES[family].rules(config)).items()}
