@@ -28,9 +28,11 @@ def get_config(stage: str = "split") -> ConfigDict:
     config.ema_decay = 0.999  # OPEN
     config.log_every, config.preview_every, config.checkpoint_every, config.keep = 50, 1000, 1000, 3
     config.mesh = ConfigDict({"data": 1, "fsdp": -1})
+    config.remat, config.frozen_dtype = "full", "bfloat16"
 
     config.task_type = "dpir_jax.training.dalpsr_task:DaLPSRTask"
     config.task = ConfigDict({"system": "seesr" if stage == "seesr" else "sd2", "train": "control", "mixed": True})
+    config.task.in_turn = True
     config.task.objective = "epsilon"  # OPEN: SeeSR's; "velocity" for SD 2.1-v, "flow" for conditional flow matching
     config.task.routing = {"split": "split", "both": "both", "seesr": "caption"}[stage]
     config.task.init_from = config_dict.placeholder(str)

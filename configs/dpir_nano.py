@@ -36,7 +36,7 @@ def get_config(stage: str = "encoder") -> ConfigDict:
     config.schedule, config.end_lr = "cosine", 1e-5
     config.log_every, config.preview_every, config.checkpoint_every, config.keep = 50, 1000, 500, 2
 
-    picture = ConfigDict({"l1": 2.0, "lpips": 1.0, "dists": 1.0, "adversarial": 0.0, "grid": 10.0})
+    picture = ConfigDict({"l1": 2.0, "lpips": 1.0, "dists": 1.0, "adversarial": 0.0, "grid": 10.0, "specks": 5.0})
     picture.crop, picture.stages = 80, 4
     picture.weights = config_dict.placeholder(str)
     config.task = ConfigDict({"system": "nano", "recipes": ("realesrgan", "light"), "picture": picture})

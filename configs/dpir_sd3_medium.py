@@ -5,7 +5,7 @@
         --config.task.init_from=models/sd3
     dpir export --workdir runs/encoder --out runs/encoder/model
     dpir train  --config configs/dpir_sd3_medium.py:dit --workdir runs/dit \\
-        --config.task.init_from=runs/encoder/model
+        --config.task.init_from=models/sd3 --config.task.encoder_from=runs/encoder/model
     dpir compile --config configs/dpir_sd3_medium.py --topology v5p-8 --batch-per-chip 32      docs/scaling.md
 
 What the paper (arXiv 2504.17825) and the authors' code leave open is marked OPEN, with the source of the number here.
@@ -50,7 +50,9 @@ def get_config(stage: str = "dit") -> ConfigDict:
         config.task.loss_kind, config.task.time, config.task.shift = "x0", "logit_normal", 3.0  # code
         config.task.prompt_dropout = 0.464  # code
         # float32 masters, bfloat16 compute; only blocks' inputs are stored; T5's tokens come with the photos
-        config.task.mixed, config.task.in_turn, config.task.text_input = True, True, True
+        config.task.mixed, config.task.in_turn, config.task.text = True, True, "stored"
+        config.task.encoder_from = config_dict.placeholder(str)
+        config.task.stored_latents = False
         config.remat, config.frozen_dtype = "full", "bfloat16"
         config.task.restore = {"steps": 28, "guidance": 1.0, "color": "wavelet"}  # code
     config.data = ConfigDict({"folders": ("photos",), "local_crop": crop, "global_crop": global_crop})

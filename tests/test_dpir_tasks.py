@@ -23,6 +23,7 @@ from dpir_jax.training.dpir_tasks import (
     local_corners,
     repetition,
     sample_crops,
+    speck_loss,
 )
 from dpir_jax.training.state import init_state
 from dpir_jax.training.step import make_train_step
@@ -95,6 +96,16 @@ def test_repetition_is_a_correlation():
     tiled = jnp.tile(noise[:, :8, :8], (1, 8, 8, 1))
     assert all(float(value.min()) > 0.98 for value in repetition(tiled, 8))
     assert all(float(jnp.abs(value).max()) < 0.2 for value in repetition(noise, 8))
+
+
+def test_texture_may_move_but_specks_are_seen():
+    hq = jnp.asarray(sample_crops((str(DEMO / "hq"),), 8, 136, seed=1))
+    here, moved = hq[:, 4:-4, 4:-4], hq[:, 4:-4, 1:-7]
+    assert speck_loss(here, here) == 0
+    dots = jax.random.bernoulli(jax.random.key(0), 0.01, here.shape[:3])[..., None]
+    assert speck_loss(here + 16 / 255 * dots, here) > 20 * speck_loss(moved, here)
+    gradient = jax.grad(lambda x: speck_loss(x, jnp.zeros_like(x)))(jnp.zeros_like(here))
+    assert jnp.isfinite(gradient).all()
 
 
 def test_stage_one_starts_at_the_fitted_autoencoder(photos, stage_one):

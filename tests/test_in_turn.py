@@ -9,10 +9,11 @@ import pytest
 from flax import nnx
 
 from dpir_jax.errors import InputError
-from dpir_jax.models.autoencoder import AutoencoderConfig
+from dpir_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dpir_jax.models.placement import use_placement
 from dpir_jax.parallel.mesh import MeshConfig, make_mesh
 from dpir_jax.parallel.sharding import FSDP, placement
+from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, makers
 from dpir_jax.systems.dpir import DPIR, DPIRConfig
 from dpir_jax.training.dpir_tasks import DiTTask, in_turn
 from tests.toy_task import random_weights
@@ -54,10 +55,25 @@ def test_both_encoders_in_one_loop(system):
     assert jnp.abs(found[0] - system.encode_hq(lq)).max() > 0.01  # the two encoders differ
 
 
+def test_one_encoder_for_both_in_one_loop():
+    small = DaLPSRConfig.tiny()
+    published = {"objective": "epsilon", "flow": "latent", "prediction": "velocity", "robust_encoder": None}
+    config = dataclasses.replace(small, autoencoder=AutoencoderConfig.tiny(), **published)
+    autoencoder = random_weights(lambda: Autoencoder(config.autoencoder, rngs=nnx.Rngs(0)), 0)
+    system = DaLPSR(config, networks=dict.fromkeys(makers(config)) | {"autoencoder": autoencoder})
+    lq, hq = jax.random.uniform(jax.random.key(1), (2, 2, 16, 16, 3))
+    key = jax.random.key(2)
+    found = jax.jit(lambda s, *a: s.encode_pair(*a))(system, lq, hq, key)
+    expected = jax.jit(lambda s, lq, hq, key: (s.encode_lq(lq), s.encode_hq(hq, key)))(system, lq, hq, key)
+    for one, other in zip(found, expected):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
 def test_text_from_the_data_leaves_the_text_encoder_out():
-    task = DiTTask.from_config({"system": "tiny", "text_input": True})
+    task = DiTTask.from_config({"system": "tiny", "text": "stored"})
     assert task.config.t5 is None
     assert task.inputs["text"][0] == (5, DPIRConfig.tiny().t5.width)
+    assert DiTTask.from_config({"system": "tiny", "text": "step"}).config.t5 is not None
     assert DiTTask.from_config({"system": "tiny"}).inputs == {}
     with pytest.raises(InputError, match="takes no text"):
-        DiTTask.from_config({"system": "nano", "text_input": True})
+        DiTTask.from_config({"system": "nano", "text": "step"})

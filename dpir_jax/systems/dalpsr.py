@@ -263,6 +263,15 @@ class DaLPSR(nnx.Module):
         robust = self.config.robust_encoder is not None
         return self._scaled(*(self.robust_encoder if robust else self.autoencoder.encode)(2 * image - 1), key)
 
+    def encode_pair(
+        self, lq: Float[Array, "B H W 3"], hq: Float[Array, "B H W 3"], key: jax.Array | None = None
+    ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
+        """`encode_lq(lq)` and `encode_hq(hq, key)`. Where one encoder does both it runs as a loop, compiled once."""
+        if self.config.robust_encoder is not None:
+            return self.encode_lq(lq), self.encode_hq(hq, key)
+        means, logvars = jax.lax.map(lambda image: self.autoencoder.encode(2 * image - 1), jnp.stack([lq, hq]))
+        return self._scaled(means[0], logvars[0], None), self._scaled(means[1], logvars[1], key)
+
     def _scaled(self, mean: jax.Array, logvar: jax.Array, key: jax.Array | None) -> jax.Array:
         latent = mean if key is None else mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape, mean.dtype)
         return (latent - self.config.autoencoder.shift_factor) * self.config.autoencoder.scaling_factor

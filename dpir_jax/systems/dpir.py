@@ -192,11 +192,11 @@ class DPIR(nnx.Module):
 
     def encode_hq(self, image: Float[Array, "B H W 3"], key: jax.Array | None = None) -> Float[Array, "B h w C"]:
         """Scaled latent of a good picture in [0, 1], by the original encoder: a sample with a key, else the mode."""
-        return self._scaled(*self.autoencoder.encode(2 * image - 1), key)
+        return self.scaled(*self.autoencoder.encode(2 * image - 1), key)
 
     def encode_lq(self, image: Float[Array, "B H W 3"], key: jax.Array | None = None) -> Float[Array, "B h w C"]:
         """Scaled latent of a bad picture in [0, 1] at the target size, by E_dr."""
-        return self._scaled(*self.robust_encoder(2 * image - 1), key)
+        return self.scaled(*self.robust_encoder(2 * image - 1), key)
 
     def encode_pair(
         self, lq: Float[Array, "B H W 3"], hq: Float[Array, "B H W 3"], key: jax.Array | None = None
@@ -206,9 +206,12 @@ class DPIR(nnx.Module):
             return self.encode_lq(lq), self.encode_hq(hq, key)
         both = jax.tree.map(lambda *weights: jnp.stack(weights), self.robust_encoder, self.autoencoder.encoder)
         means, logvars = jax.lax.map(lambda pair: pair[0](2 * pair[1] - 1), (both, jnp.stack([lq, hq])))
-        return self._scaled(means[0], logvars[0], None), self._scaled(means[1], logvars[1], key)
+        return self.scaled(means[0], logvars[0], None), self.scaled(means[1], logvars[1], key)
 
-    def _scaled(self, mean: jax.Array, logvar: jax.Array, key: jax.Array | None) -> jax.Array:
+    def scaled(
+        self, mean: Float[Array, "B h w C"], logvar: Float[Array, "B h w C"], key: jax.Array | None = None
+    ) -> Float[Array, "B h w C"]:
+        """Scaled latent of an encoder's mean and log-variance: a sample with a key, else the mode."""
         latent = mean if key is None else mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape, mean.dtype)
         return (latent - self.config.autoencoder.shift_factor) * self.config.autoencoder.scaling_factor
 

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from dpir_jax import model_folder
 from dpir_jax.data.pipeline import DataConfig, make_dataset
-from dpir_jax.degradation import Recipe, degrade, interval, severities
+from dpir_jax.degradation import Recipe, interval, severities
 from dpir_jax.diffusion import ddpm
 from dpir_jax.diffusion.flow import interpolate, velocity_loss
 from dpir_jax.diffusion.samplers import euler
@@ -44,7 +44,9 @@ from dpir_jax.training.dpir_tasks import (
     PictureLoss,
     as_float,
     cut_boxes,
+    degrade_each,
     from_mapping,
+    in_turn,
     picture_loss,
     sample_crops,
     upsample,
@@ -155,6 +157,7 @@ class DaLPSRTask:
       time, shift, start_share: of a flow: the draw of its time, its shift, the share of samples at sigma 1.
       loss_kind: of a flow: on the estimate of z_0 ("x0") or on the velocity.
       flow_weight: of the objective; `picture`: extra terms on the decoded estimate (None: the objective alone).
+      in_turn: the frozen autoencoder takes a device's pictures a few at a time, which saves memory and compile time.
       photos: folders, for measuring the residual's scale.
       preview_steps: of the sampler in previews.
       description, restore, reader: what the exported model says of itself, its own settings for restoring, and the
@@ -182,6 +185,7 @@ class DaLPSRTask:
     loss_kind: Literal["x0", "velocity"] = "x0"
     flow_weight: float = 1.0
     picture: PictureLoss | None = None
+    in_turn: bool = False
     photos: tuple[str, ...] = ()
     preview_steps: int = 4
     description: str = "DaLPSR"
@@ -369,7 +373,7 @@ class DaLPSRTask:
         native, lq, labels = [], [], []
         for i, (name, part) in enumerate(zip(self.recipes, jnp.array_split(whole, len(self.recipes)))):
             recipe = Recipe.named(name, scale=self.scale)
-            low, plan = degrade(jax.random.fold_in(key, i), part, recipe)
+            low, plan = degrade_each(jax.random.fold_in(key, i), part, recipe)
             native.append(low)
             lq.append(upsample(low, self.scale))
             labels.append(interval(severities(plan, self.config.types), self.config.intervals))
@@ -395,8 +399,13 @@ class DaLPSRTask:
         degradation = dropped(degradation, self.degradation_dropout, keys[3])
         prompt, hint = self._prompt(system, lq, caption, degradation)
 
-        lq_latent = jax.lax.stop_gradient(system.encode_lq(lq))
-        x0 = system.to_flow(jax.lax.stop_gradient(system.encode_hq(hq, keys[4])), lq_latent)
+        if self.in_turn:
+            own_keys = jax.random.split(keys[4], len(hq))
+            latents = in_turn(lambda lq, hq, key: system.encode_pair(lq, hq, key[0]))(lq, hq, own_keys)
+        else:
+            latents = system.encode_pair(lq, hq, keys[4])
+        lq_latent, hq_latent = jax.lax.stop_gradient(latents)
+        x0 = system.to_flow(hq_latent, lq_latent)
         noise = jax.random.normal(keys[5], x0.shape)
         losses, time, estimate = self._objective(system, x0, noise, prompt, hint, keys[6])
         objective = jnp.mean(losses)

@@ -17,11 +17,11 @@ from flax import nnx
 from jaxtyping import Array
 
 from dpir_jax import model_folder
-from dpir_jax.degradation import Recipe, degrade
+from dpir_jax.degradation import Recipe
 from dpir_jax.errors import InputError
 from dpir_jax.models.ram import RAM, RAMConfig, dape_losses, ram_preprocess
 from dpir_jax.systems.config_json import to_json
-from dpir_jax.training.dpir_tasks import as_float, from_mapping, upsample
+from dpir_jax.training.dpir_tasks import as_float, degrade_each, from_mapping, upsample
 
 SYSTEMS = {"tiny": RAMConfig.tiny, "ram": RAMConfig.ram}
 NETWORK = "ram"
@@ -94,7 +94,7 @@ class DAPETask:
     def loss(self, model: DAPEModel, batch: Mapping[str, Array], key: jax.Array) -> tuple[Array, dict[str, Array]]:
         """Both losses, of equal weight, on whole crops resized to the tagger's size."""
         hq, size = as_float(batch["hq"]), self.config.swin.image_size
-        lq = upsample(degrade(key, hq, Recipe.named(self.recipe, scale=self.scale))[0], self.scale)
+        lq = upsample(degrade_each(key, hq, Recipe.named(self.recipe, scale=self.scale))[0], self.scale)
         seen = model.student(ram_preprocess(lq, size))
         wanted = jax.lax.stop_gradient(model.teacher(ram_preprocess(hq, size)))
         features, tags = dape_losses(*seen, *wanted)

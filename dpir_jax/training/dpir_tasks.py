@@ -22,7 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dpir_jax import images, model_folder
-from dpir_jax.degradation import Recipe, apply_plan, draw_plan
+from dpir_jax.degradation import Plan, Recipe, apply_plan, draw_plan
 from dpir_jax.diffusion.flow import interpolate, loss_weight, velocity_loss
 from dpir_jax.diffusion.samplers import euler
 from dpir_jax.diffusion.schedule import FlowSchedule, draw_time
@@ -43,6 +43,7 @@ from dpir_jax.training.adversary import Discriminator, adversarial_losses
 from dpir_jax.training.time_bins import loss_by_time
 
 TRUNK_CHANNELS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
+TEXTS = ("none", "stored", "step")
 SYSTEMS = {"tiny": DPIRConfig.tiny, "nano": DPIRConfig.nano, "sd3_medium": DPIRConfig.sd3_medium}
 
 
@@ -52,6 +53,7 @@ class PictureLoss:
 
     `dists`: weight of DISTS on the same trunk, which then has DISTS's L2 pools (net "vgg" only).
     `grid`: weight of `grid_loss`, which keeps hatching and dots of the patches out.
+    `specks`: weight of `speck_loss`, which keeps single dots out.
     `crop`: side in pixels of the random part that LPIPS and the discriminator see (0: all of it).
     `net`, `stages`: the perceptual network, "vgg" or "alex", and how many of its five stages are run. AlexNet's weights
     come with the package, but its stride of 4 teaches a 4-pixel grid; VGG16's are read from the folder `weights`.
@@ -62,6 +64,7 @@ class PictureLoss:
     dists: float = 0.0
     adversarial: float = 0.0
     grid: float = 0.0
+    specks: float = 0.0
     crop: int = 64
     net: Literal["vgg", "alex"] = "vgg"
     stages: int = 3
@@ -89,19 +92,24 @@ class Critics(nnx.Module):
             self.discriminator = Discriminator(TRUNK_CHANNELS[config.net][: config.stages], rngs=rngs)
 
 
+def fine_structure(image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+    """A picture less the mean of the four neighbours of each pixel."""
+    x = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
+    around = x[:, :-2, 1:-1] + x[:, 2:, 1:-1] + x[:, 1:-1, :-2] + x[:, 1:-1, 2:]
+    return image - around / 4
+
+
 def repetition(image: Float[Array, "B H W 3"], period: int, floor: float = 1 / 255) -> list[Float[Array, "B h w 3"]]:
     """How much a picture in [0, 1] repeats itself after `period` pixels: in four directions, per area of 8 periods
     or a little more.
 
     A network that makes p x p pixels at a time can draw a hatch into every patch, and perceptual losses and adversaries
-    on VGG's features reward it as texture. The fine structure g (the picture less the mean of the four neighbours) then
-    agrees with itself one patch further on; that of photographs hardly does:
+    on VGG's features reward it as texture. The fine structure g then agrees with itself one patch further on; that of
+    photographs hardly does:
 
         A_d = mean g(x) g(x + d) / mean (g(x)^2 + g(x + d)^2) / 2,    means over an area, |A_d| <= 1
     """
-    x = jnp.pad(image, ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
-    around = x[:, :-2, 1:-1] + x[:, 2:, 1:-1] + x[:, 1:-1, :-2] + x[:, 1:-1, 2:]
-    fine = image - around / 4
+    fine = fine_structure(image)
 
     def mean(x: Array) -> Array:
         counts = [max(1, length // (8 * period)) for length in x.shape[1:3]]
@@ -130,6 +138,21 @@ def grid_loss(image: Float[Array, "B H W 3"], hq: Float[Array, "B H W 3"], perio
     return sum(jnp.mean(jax.nn.relu(ours - theirs)) for ours, theirs in pairs) / len(pairs)
 
 
+def speck_loss(image: Float[Array, "B H W 3"], hq: Float[Array, "B H W 3"], floor: float = 1 / 255) -> Float[Array, ""]:
+    """How far the fine structure of a picture exceeds all of the original's within 4 pixels, squared, in units of the
+    original's root mean square within 6. Texture may lie elsewhere than in the original, but not be stronger: a dot
+    on a smooth area repeats nothing (`grid_loss` passes it over) and is texture to a perceptual network."""
+
+    def window(x: Array, reach: int, start: float, combine: Callable) -> Array:
+        size = (1, 2 * reach + 1, 2 * reach + 1, 1)
+        return jax.lax.reduce_window(x, start, combine, size, (1, 1, 1, 1), "SAME")
+
+    ours, theirs = jnp.abs(fine_structure(image)), jnp.abs(fine_structure(jax.lax.stop_gradient(hq)))
+    power = window(jnp.square(theirs), 6, 0.0, jax.lax.add) / window(jnp.ones_like(theirs), 6, 0.0, jax.lax.add)
+    limit = window(theirs, 4, -jnp.inf, jax.lax.max)
+    return jnp.mean(jnp.square(jax.nn.relu(ours - limit) / (jnp.sqrt(power) + floor)))
+
+
 def picture_loss(
     config: PictureLoss,
     critics: Critics | None,
@@ -144,6 +167,9 @@ def picture_loss(
     if config.grid:
         metrics["grid"] = grid_loss(image, hq, period)
         total += config.grid * metrics["grid"]
+    if config.specks:
+        metrics["specks"] = speck_loss(image, hq)
+        total += config.specks * metrics["specks"]
     if critics is None:
         return total, metrics
     if config.crop and config.crop < image.shape[1]:
@@ -177,15 +203,17 @@ def upsample(lq: Float[Array, "B h w 3"], scale: int) -> Float[Array, "B H W 3"]
     return jnp.clip(jax.image.resize(lq, (batch, height * scale, width * scale, 3), "cubic"), 0, 1)
 
 
+def degrade_each(key: jax.Array, hq: Float[Array, "B H W 3"], recipe: Recipe) -> tuple[Float[Array, "B h w 3"], Plan]:
+    """`degradation.degrade`; on a mesh each device degrades its own samples, whose draws do not depend on that."""
+    plan = draw_plan(key, recipe, *hq.shape[:3])
+    return per_sample(functools.partial(apply_plan, recipe=recipe))(plan, hq), plan
+
+
 def make_pairs(key: jax.Array, hq: Float[Array, "B H W 3"], recipes: tuple[Recipe, ...]) -> Float[Array, "B H W 3"]:
-    """Degrades and upsamples; the batch is split evenly among the recipes, in order. On a mesh each device degrades
-    its own samples; their draws do not depend on that."""
-    parts = []
-    for i, (recipe, part) in enumerate(zip(recipes, jnp.array_split(hq, len(recipes)))):
-        plan = draw_plan(jax.random.fold_in(key, i), recipe, *part.shape[:3])
-        degrade_own = functools.partial(apply_plan, recipe=recipe)
-        parts.append(per_sample(lambda *own, d=degrade_own, r=recipe: upsample(d(*own), r.scale))(plan, part))
-    return jnp.concatenate(parts)
+    """Degrades and upsamples; the batch is split evenly among the recipes, in order."""
+    parts = zip(recipes, jnp.array_split(hq, len(recipes)))
+    low = (degrade_each(jax.random.fold_in(key, i), part, recipe)[0] for i, (recipe, part) in enumerate(parts))
+    return jnp.concatenate([upsample(part, recipe.scale) for part, recipe in zip(low, recipes)])
 
 
 def in_turn(function: Callable, at_once: int = 8) -> Callable:
@@ -386,7 +414,8 @@ class DiTModel(nnx.Module):
 class DiTTask:
     """Stage 2: the DiT with its LQ branch.
 
-    `init_from`: the model folder of stage 1, or of a whole system to go on with.
+    `init_from`: the model folder of stage 1, or of a whole system to go on with; `encoder_from`: stage 1's, whose E_dr
+    then takes the place of the system's.
     `local_crop`, `crops`: side and number of the crops that are cut from each degraded global picture.
     `loss_kind`: "x0" is the published loss, "velocity" the paper's.
     `start_share`: share of the samples at sigma 1, where sampling starts and with one step also ends.
@@ -395,12 +424,15 @@ class DiTTask:
     `flow_weight`: of that loss; `picture`: extra terms on D(z_0) (None: the published loss alone).
     `train_prompts`: train the image encoders too. `mixed`: compute in bfloat16; trained weights stay in float32.
     `in_turn`: the frozen autoencoders take a device's pictures a few at a time, which saves memory and compile time.
-    `text_input`: batches bring T5's tokens as `text` [B, T, W]; T5 itself is no part of the step then.
+    `text`: "none"; "stored": batches bring T5's tokens as `text` [B, T, W] (`data.embeddings`), T5 itself is no part of
+    the step; "step": they bring token ids as `ids` [B, T] (`data.tokenizer`), and T5, frozen, reads them.
+    `stored_latents`: batches bring E's `moments` [B, h, w, 2C] of the crop (`data.embeddings`, `data.central`).
     `description`, `restore`: what the exported model says of itself, and its own settings for restoring.
     """
 
     system: str = "nano"
     init_from: str | None = None
+    encoder_from: str | None = None
     recipes: tuple[str, ...] = ("realesrgan", "light")
     scale: int = 4
     local_crop: int = 128
@@ -416,7 +448,8 @@ class DiTTask:
     train_prompts: bool = False
     mixed: bool = False
     in_turn: bool = False
-    text_input: bool = False
+    text: Literal["none", "stored", "step"] = "none"
+    stored_latents: bool = False
     photos: tuple[str, ...] = ()
     preview_steps: int = 4
     description: str = "DPIR"
@@ -427,8 +460,12 @@ class DiTTask:
     def __post_init__(self) -> None:
         if self.rollout_share and self.loss_kind != "x0":
             raise InputError(f"task.loss_kind is {self.loss_kind!r}; task.rollout_share needs 'x0'")
-        if self.text_input and SYSTEMS[self.system]().t5 is None:
-            raise InputError(f"task.system is {self.system!r}, which takes no text; task.text_input must be False")
+        if self.text not in TEXTS:
+            raise InputError(f"task.text is {self.text!r}; it must be one of {', '.join(TEXTS)}")
+        if self.text != "none" and SYSTEMS[self.system]().t5 is None:
+            raise InputError(f"task.system is {self.system!r}, which takes no text; task.text must be 'none'")
+        if self.stored_latents and self.crops != 1:
+            raise InputError(f"task.crops is {self.crops}; task.stored_latents needs 1: the moments are of one crop")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -439,15 +476,21 @@ class DiTTask:
     def config(self) -> DPIRConfig:
         """The system that is trained."""
         system = SYSTEMS[self.system]()
-        return dataclasses.replace(system, t5=None) if self.text_input else system
+        return dataclasses.replace(system, t5=None) if self.text == "stored" else system
 
     @property
     def inputs(self) -> dict[str, tuple[tuple[int, ...], Any]]:
         """Shape and dtype of what a sample brings beside its picture."""
-        if not self.text_input:
-            return {}
-        width = SYSTEMS[self.system]().t5.width
-        return {"text": ((self.config.text_tokens, width), jnp.bfloat16)}
+        system = SYSTEMS[self.system]()
+        found: dict[str, tuple[tuple[int, ...], Any]] = {}
+        if self.text == "stored":
+            found["text"] = (system.text_tokens, system.t5.width), jnp.bfloat16
+        if self.text == "step":
+            found["ids"] = (system.text_tokens,), jnp.int32
+        if self.stored_latents:
+            side = self.local_crop // system.latent_factor
+            found["moments"] = (side, side, 2 * system.autoencoder.latent_channels), jnp.float16
+        return found
 
     @property
     def trainable(self) -> nnx.filterlib.Filter:
@@ -475,15 +518,20 @@ class DiTTask:
 
     def load(self, model: DiTModel) -> DiTModel:
         """Reads stage 1's networks and measures the residual's scale, or reads a whole system to go on with."""
-        if (Path(self.init_from) / "mmdit.safetensors").is_file():
-            system = read_dpir(Path(self.init_from), model_folder.read_config(self.init_from), self._precision)
+        start = Path(self.init_from)
+        robust = self.init_from if self.encoder_from is None else self.encoder_from
+        if (start / "mmdit.safetensors").is_file():
+            config, text = model_folder.read_config(start), self.config.t5 is not None
+            system = read_dpir(start, config, self._precision, text=text)
             if system.config != self.config:
-                raise InputError(f"the system in {self.init_from} is not task.system {self.system!r}: its sizes differ")
+                raise InputError(f"the system in {start} is not task.system {self.system!r}: its sizes differ")
+            if self.encoder_from is not None:
+                system.robust_encoder = model_folder.load_network(robust, "robust_encoder", system.robust_encoder)
             model.system = system
             return model
         system = model.system
-        system.autoencoder = model_folder.load_network(self.init_from, "autoencoder", system.autoencoder)
-        system.robust_encoder = model_folder.load_network(self.init_from, "robust_encoder", system.robust_encoder)
+        system.autoencoder = model_folder.load_network(start, "autoencoder", system.autoencoder)
+        system.robust_encoder = model_folder.load_network(robust, "robust_encoder", system.robust_encoder)
         if self.config.flow == "residual":
             side = self.local_crop * min(self.crops, 2)  # with room around, as the crops have it
             hq = jnp.asarray(sample_crops(self.photos, 128, side, seed=1))
@@ -505,9 +553,13 @@ class DiTTask:
         degraded = make_pairs(key, whole, _recipes(self.recipes, self.scale))
         size = self.config.clip_tokens.image_size
 
-        def look(degraded: Array, whole: Array, box: Array, key: jax.Array) -> tuple[Array, ...]:
+        def look(key: jax.Array, degraded: Array, whole: Array, box: Array, *moments: Array) -> tuple[Array, ...]:
             lq, hq = (cut_boxes(p, box, self.local_crop) for p in (degraded, whole))
-            lq_latent, hq_latent = system.encode_pair(lq, hq, key)
+            if moments:
+                mean, logvar = jnp.split(moments[0].astype(jnp.float32), 2, axis=-1)
+                lq_latent, hq_latent = system.encode_lq(lq), system.scaled(mean, logvar, key)
+            else:
+                lq_latent, hq_latent = system.encode_pair(lq, hq, key)
             looks = (lq, degraded)
             if self.config.prompt_source == "restored":
                 looks = (system.decode(lq_latent), system.decode(system.encode_lq(degraded)))
@@ -517,24 +569,42 @@ class DiTTask:
         spare = whole.shape[1] - self.local_crop
         corners = local_corners(jax.random.fold_in(key, 1), batch["box"], self.crops, spare, step)
         pictures = (*(jnp.repeat(p, self.crops, 0) for p in (degraded, whole)), corners)
+        stored = (batch["moments"],) if self.stored_latents else ()
         if self.in_turn:
             keys = jax.random.split(latent_key, len(corners))
-            seen = in_turn(lambda *own: look(*own[:3], own[3][0]))(*pictures, keys)
+            seen = in_turn(lambda key, *own: look(key[0], *own))(keys, *pictures, *stored)
         else:
-            seen = look(*pictures, latent_key)
+            seen = look(latent_key, *pictures, *stored)
         lq, hq, lq_latent, hq_latent, *views = seen
         local = system.local_view(views[0])
         cls, embed = system.global_view(views[1])
         visual = system.visual(local, (cls[:, None], embed[:, None]))
         return lq, hq, jax.lax.stop_gradient(lq_latent), hq_latent, visual
 
+    def _text(self, system: DPIR, batch: Mapping[str, Array]) -> Float[Array, "B T D"] | None:
+        if self.text == "none":
+            return None
+        text = batch["text"] if self.text == "stored" else jax.lax.stop_gradient(system.text_tokens(batch["ids"]))
+        return jnp.repeat(text, self.crops, 0)
+
+    def _check_batch(self, batch: Mapping[str, Array]) -> None:
+        """What the recipe's data bring has to be what the task reads."""
+        settings = {"text": "task.text='stored'", "ids": "task.text='step'", "moments": "task.stored_latents=True"}
+        for name, setting in settings.items():
+            if name in self.inputs and name not in batch:
+                source = "tokenizer" if name == "ids" else "embeddings"
+                raise InputError(f"{setting} needs data that bring {name!r}: data.{source}")
+            if name in batch and name not in self.inputs and name != "moments":
+                raise InputError(f"the data bring {name!r}, which is not read without {setting}")
+
     def loss(self, model: DiTModel, batch: Mapping[str, Array], key: jax.Array) -> tuple[Array, dict[str, Array]]:
         """The flow's loss, plus `picture`'s on the decoded estimate."""
+        self._check_batch(batch)
         system = model.system
         keys = jax.random.split(key, 6)
         _, hq, lq_latent, hq_latent, (visual, pooled) = self._inputs(system, batch, keys[0], keys[3])
         count = hq.shape[0]
-        text = jnp.repeat(batch["text"], self.crops, 0) if "text" in batch else None
+        text = self._text(system, batch)
         dropped = jax.random.uniform(keys[1], (count,)) < self.prompt_dropout
         text_dropped = jax.random.uniform(keys[2], ()) < self.prompt_dropout
         condition = system.condition(*drop(visual, pooled, text, dropped, text_dropped))
