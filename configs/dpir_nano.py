@@ -58,7 +58,7 @@ def get_config(stage: str = "encoder") -> ConfigDict:
     elif stage == "encoder":
         config.batch, config.steps, config.learning_rate, config.decay_steps = 2, 5000, 3e-4, 2000
     else:
-        picture.adversarial = 0.1  # Real-ESRGAN's weight beside a perceptual loss of weight 1
+        picture.l1, picture.dists = 3.0, 2.0
         config.batch, config.steps, config.learning_rate, config.decay_steps = 2, 2500, 3e-4, 2000
     if stage == "dit":
         config.task.flow_weight = 0.1

@@ -27,14 +27,14 @@ def test_the_student_starts_as_the_teacher_and_its_lora_alone_learns(task, monke
     size = task.config.swin.image_size
     hq = np.random.default_rng(0).integers(0, 256, (2, size, size, 3), np.uint8)
     same = lambda key, hq, recipe: (hq, None)  # noqa: E731
-    monkeypatch.setattr("dpir_jax.training.dape_task.degrade", same)
+    monkeypatch.setattr("dpir_jax.training.dape_task.degrade_each", same)
 
     networks, params, _, frozen = split(model, task)
     assert all("student" in name and "_lora" in name for name in params)
 
     @quick_jit
     def value(params, frozen, noise):
-        monkeypatch.setattr("dpir_jax.training.dape_task.degrade", lambda key, hq, recipe: (hq + noise, None))
+        monkeypatch.setattr("dpir_jax.training.dape_task.degrade_each", lambda key, hq, recipe: (hq + noise, None))
         return jax.value_and_grad(
             lambda params: task.loss(networks.merge(params, {}, frozen), {"hq": hq}, jax.random.key(0)), has_aux=True
         )(params)

@@ -1,5 +1,6 @@
 """What training reads from disk instead of computing it in the step: the same losses."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -36,25 +37,30 @@ def mirrored(monkeypatch):
     monkeypatch.setattr(dpir_tasks, "make_pairs", lambda key, hq, recipes: hq[:, ::-1])
 
 
-def loss(system, batch, **settings):
+def compiled(**settings):
     task = DiTTask.from_config({"system": "tiny", "local_crop": 32, "prompt_dropout": 0.0} | settings)
-    with use_attention_backend("xla"):
-        run = quick_jit(lambda system, batch: task.loss(SimpleNamespace(system=system), batch, jax.random.key(3))[0])
-        return float(run(system, batch))
+    run = quick_jit(lambda system, batch: task.loss(SimpleNamespace(system=system), batch, jax.random.key(3))[0])
+
+    def loss(system, batch):
+        with use_attention_backend("xla"):
+            return float(run(system, batch))
+
+    return loss
 
 
 def test_text_encoded_in_the_step_or_before_gives_one_loss(system):
-    stored = {"text": system.text_tokens(IDS)}
-    in_step = loss(system, BATCH | {"ids": IDS}, text="step")
-    assert loss(system, BATCH | stored, text="stored") == pytest.approx(in_step, rel=1e-5)
-    assert loss(system, BATCH) != pytest.approx(in_step, rel=1e-4)  # the text is read
+    in_step, stored = compiled(text="step"), compiled(text="stored")
+    found, text = in_step(system, BATCH | {"ids": IDS}), system.text_tokens(IDS)
+    assert stored(system, BATCH | {"text": text}) == pytest.approx(found, rel=3e-6)
+    assert stored(system, BATCH | {"text": 50 * text}) != pytest.approx(found, rel=1e-4)  # it is read
 
 
 def test_stored_moments_stand_for_the_encoder(system):
     moments = jnp.concatenate(system.autoencoder.encode(HQ / np.float32(127.5) - 1), axis=-1)
-    found = loss(system, BATCH | {"moments": moments}, stored_latents=True)
-    assert found == pytest.approx(loss(system, BATCH), rel=1e-5)
-    assert loss(system, BATCH | {"moments": 3 * moments}, stored_latents=True) != pytest.approx(found, rel=5e-2)
+    stored = compiled(stored_latents=True)
+    found = stored(system, BATCH | {"moments": moments})
+    assert found == pytest.approx(compiled()(system, BATCH), rel=1e-5)
+    assert stored(system, BATCH | {"moments": 3 * moments}) != pytest.approx(found, rel=5e-2)
 
 
 @pytest.mark.parametrize(
@@ -65,12 +71,14 @@ def test_stored_moments_stand_for_the_encoder(system):
         ({"stored_latents": True}, {}, "task.stored_latents=True needs data that bring 'moments'"),
         ({}, {"ids": IDS}, "the data bring 'ids', which is not read without task.text='step'"),
         ({"text": "file"}, {}, "task.text is 'file'; it must be one of none, stored, step"),
+        ({"train_encoder": True}, {}, "task.train_encoder needs task.picture"),
+        ({"silent_start": True, "system": "sd3_medium"}, {}, "task.silent_start needs a flow of residuals"),
         ({"stored_latents": True, "crops": 4}, {}, "task.crops is 4; task.stored_latents needs 1"),
     ],
 )
 def test_data_and_task_have_to_agree(system, settings, extra, words):
     with pytest.raises(InputError, match=words):
-        loss(system, BATCH | extra, **settings)
+        compiled(**settings)(system, BATCH | extra)
 
 
 def test_a_system_takes_the_encoder_of_stage_one(system, tmp_path):
@@ -85,3 +93,28 @@ def test_a_system_takes_the_encoder_of_stage_one(system, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found.robust_encoder, model.robust_encoder)
     jax.tree.map(np.testing.assert_array_equal, found.mmdit, system.mmdit)
     assert found.config.t5 is None  # its tokens are stored
+    silent = dataclasses.replace(task, silent_start=True).load(SimpleNamespace(system=None)).system
+    assert not np.any(silent.mmdit.final.kernel[...])
+    assert not np.any(silent.mmdit.final.bias[...])
+
+
+def test_the_encoder_can_learn_with_the_dit(system):
+    picture = {"l1": 1.0, "lpips": 0.0}
+    settings = {"system": "tiny", "local_crop": 32, "prompt_dropout": 0.0, "picture": picture}
+    graph, params = nnx.split(system)
+
+    @quick_jit
+    def gradients(params):
+        def both(params, joint):
+            task = DiTTask.from_config(settings | {"train_encoder": joint})
+            model = SimpleNamespace(system=nnx.merge(graph, params))
+            return task.loss(model, BATCH, jax.random.key(3))[0]
+
+        return [jax.grad(both)(params, joint).robust_encoder for joint in (False, True)]
+
+    with use_attention_backend("xla"):
+        alone, joint = gradients(params)
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves(alone))
+    assert any(np.any(leaf) for leaf in jax.tree.leaves(joint))
+    names = [DiTTask.from_config(settings | {"train_encoder": joint}).trainable for joint in (False, True)]
+    assert [trained(("system", "robust_encoder"), None) for trained in names] == [False, True]

@@ -422,7 +422,8 @@ class DiTTask:
     `rollout_share`: share of the samples whose z_t holds the model's own estimate from sigma 1 in place of z_0, as it
     does from the second step of sampling on (the backward simulation of DMD2, arXiv 2405.14867); "x0" only.
     `flow_weight`: of that loss; `picture`: extra terms on D(z_0) (None: the published loss alone).
-    `train_prompts`: train the image encoders too. `mixed`: compute in bfloat16; trained weights stay in float32.
+    `train_prompts`: train the image encoders too; `train_encoder`: E_dr too, by the picture terms (not the paper).
+    `mixed`: compute in bfloat16; trained weights stay in float32.
     `in_turn`: the frozen autoencoders take a device's pictures a few at a time, which saves memory and compile time.
     `text`: "none"; "stored": batches bring T5's tokens as `text` [B, T, W] (`data.embeddings`), T5 itself is no part of
     the step; "step": they bring token ids as `ids` [B, T] (`data.tokenizer`), and T5, frozen, reads them.
@@ -433,6 +434,7 @@ class DiTTask:
     system: str = "nano"
     init_from: str | None = None
     encoder_from: str | None = None
+    silent_start: bool = False
     recipes: tuple[str, ...] = ("realesrgan", "light")
     scale: int = 4
     local_crop: int = 128
@@ -446,6 +448,7 @@ class DiTTask:
     flow_weight: float = 1.0
     picture: PictureLoss | None = None
     train_prompts: bool = False
+    train_encoder: bool = False
     mixed: bool = False
     in_turn: bool = False
     text: Literal["none", "stored", "step"] = "none"
@@ -460,9 +463,16 @@ class DiTTask:
     def __post_init__(self) -> None:
         if self.rollout_share and self.loss_kind != "x0":
             raise InputError(f"task.loss_kind is {self.loss_kind!r}; task.rollout_share needs 'x0'")
+        system = SYSTEMS[self.system]()
+        if self.silent_start and (system.flow, system.prediction) != ("residual", "x0"):
+            raise InputError(
+                f"task.silent_start needs a flow of residuals that predicts x0; {self.system!r} has another"
+            )
+        if self.train_encoder and self.picture is None:
+            raise InputError("task.train_encoder needs task.picture: nothing else would train E_dr")
         if self.text not in TEXTS:
             raise InputError(f"task.text is {self.text!r}; it must be one of {', '.join(TEXTS)}")
-        if self.text != "none" and SYSTEMS[self.system]().t5 is None:
+        if self.text != "none" and system.t5 is None:
             raise InputError(f"task.system is {self.system!r}, which takes no text; task.text must be 'none'")
         if self.stored_latents and self.crops != 1:
             raise InputError(f"task.crops is {self.crops}; task.stored_latents needs 1: the moments are of one crop")
@@ -495,7 +505,9 @@ class DiTTask:
     @property
     def trainable(self) -> nnx.filterlib.Filter:
         """The DiT with its branch, what the config adds to the prompts, and the discriminator."""
-        names = ["mmdit", "visual_mlp", "discriminator"] + (["clip_tokens", "clip_embed"] if self.train_prompts else [])
+        names = ["mmdit", "visual_mlp", "discriminator"]
+        names += ["clip_tokens", "clip_embed"] if self.train_prompts else []
+        names += ["robust_encoder"] if self.train_encoder else []
         return nnx.Any(*(nnx.PathContains(name) for name in names))
 
     def init(self, key: jax.Array) -> DiTModel:
@@ -527,6 +539,9 @@ class DiTTask:
                 raise InputError(f"the system in {start} is not task.system {self.system!r}: its sizes differ")
             if self.encoder_from is not None:
                 system.robust_encoder = model_folder.load_network(robust, "robust_encoder", system.robust_encoder)
+            if self.silent_start:
+                for weights in (system.mmdit.final.kernel, system.mmdit.final.bias):
+                    weights.set_value(jnp.zeros_like(weights.get_value()))
             model.system = system
             return model
         system = model.system
@@ -579,7 +594,7 @@ class DiTTask:
         local = system.local_view(views[0])
         cls, embed = system.global_view(views[1])
         visual = system.visual(local, (cls[:, None], embed[:, None]))
-        return lq, hq, jax.lax.stop_gradient(lq_latent), hq_latent, visual
+        return lq, hq, lq_latent if self.train_encoder else jax.lax.stop_gradient(lq_latent), hq_latent, visual
 
     def _text(self, system: DPIR, batch: Mapping[str, Array]) -> Float[Array, "B T D"] | None:
         if self.text == "none":
@@ -609,7 +624,7 @@ class DiTTask:
         text_dropped = jax.random.uniform(keys[2], ()) < self.prompt_dropout
         condition = system.condition(*drop(visual, pooled, text, dropped, text_dropped))
 
-        z0 = system.to_flow(hq_latent, lq_latent)
+        z0 = jax.lax.stop_gradient(system.to_flow(hq_latent, lq_latent))
         noise = jax.random.normal(keys[4], z0.shape)
         time_key, picture_key = jax.random.split(keys[5])
         sigma = FlowSchedule(shift=self.shift).training_sigma(draw_time(time_key, (count,), self.time))
