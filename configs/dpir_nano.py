@@ -63,6 +63,8 @@ def get_config(stage: str = "encoder") -> ConfigDict:
     if stage == "dit":
         config.task.flow_weight = 0.1
         config.task.start_share, config.task.rollout_share = 0.6, 0.7
+        config.task.encoder_from = config_dict.placeholder(str)
+        config.task.silent_start, config.task.train_encoder = False, False
     config.task.photos = PHOTOS
     config.data = ConfigDict({"folders": PHOTOS, "local_crop": 128, "global_crop": 320})
     config.data.by_area, config.data.flips, config.data.rotations = True, True, True

@@ -15,6 +15,7 @@ from dpir_jax.parallel.mesh import MeshConfig, make_mesh
 from dpir_jax.parallel.sharding import FSDP, placement
 from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, makers
 from dpir_jax.systems.dpir import DPIR, DPIRConfig
+from dpir_jax.training.dalpsr_task import DaLPSRTask
 from dpir_jax.training.dpir_tasks import DiTTask, in_turn
 from tests.toy_task import random_weights
 
@@ -45,14 +46,22 @@ def system():
     return random_weights(lambda: DPIR(config, rngs=nnx.Rngs(0)), 0)
 
 
-def test_both_encoders_in_one_loop(system):
-    lq, hq = jax.random.uniform(jax.random.key(1), (2, 2, 16, 16, 3))
+PAIR = np.random.default_rng(1).random((2, 2, 16, 16, 3), np.float32)
+
+
+def encode_pair(system):
+    """What `encode_pair` gives, after a comparison with the encoders one by one."""
     key = jax.random.key(2)
-    found = jax.jit(lambda s, *a: s.encode_pair(*a))(system, lq, hq, key)
-    expected = jax.jit(lambda s, lq, hq, key: (s.encode_lq(lq), s.encode_hq(hq, key)))(system, lq, hq, key)
+    found = jax.jit(lambda s, *a: s.encode_pair(*a))(system, *PAIR, key)
+    expected = jax.jit(lambda s, lq, hq, key: (s.encode_lq(lq), s.encode_hq(hq, key)))(system, *PAIR, key)
     for one, other in zip(found, expected):
         np.testing.assert_allclose(one, other, atol=1e-5)
-    assert jnp.abs(found[0] - system.encode_hq(lq)).max() > 0.01  # the two encoders differ
+    return found
+
+
+def test_both_encoders_in_one_loop(system):
+    lq_latent, _ = encode_pair(system)
+    assert jnp.abs(lq_latent - system.encode_hq(PAIR[0])).max() > 0.01  # the two encoders differ
 
 
 def test_one_encoder_for_both_in_one_loop():
@@ -61,12 +70,11 @@ def test_one_encoder_for_both_in_one_loop():
     config = dataclasses.replace(small, autoencoder=AutoencoderConfig.tiny(), **published)
     autoencoder = random_weights(lambda: Autoencoder(config.autoencoder, rngs=nnx.Rngs(0)), 0)
     system = DaLPSR(config, networks=dict.fromkeys(makers(config)) | {"autoencoder": autoencoder})
-    lq, hq = jax.random.uniform(jax.random.key(1), (2, 2, 16, 16, 3))
-    key = jax.random.key(2)
-    found = jax.jit(lambda s, *a: s.encode_pair(*a))(system, lq, hq, key)
-    expected = jax.jit(lambda s, lq, hq, key: (s.encode_lq(lq), s.encode_hq(hq, key)))(system, lq, hq, key)
-    for one, other in zip(found, expected):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+    latents = encode_pair(system)
+    task = DaLPSRTask.from_config({"in_turn": True})
+    lq_latent, hq_latent = jax.jit(task._latents)(system, *PAIR, jax.random.key(2))
+    np.testing.assert_allclose(lq_latent, latents[0], atol=1e-5)
+    assert hq_latent.shape == latents[1].shape  # a sample, each with its own key here
 
 
 def test_text_from_the_data_leaves_the_text_encoder_out():

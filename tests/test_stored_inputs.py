@@ -93,6 +93,8 @@ def test_a_system_takes_the_encoder_of_stage_one(system, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found.robust_encoder, model.robust_encoder)
     jax.tree.map(np.testing.assert_array_equal, found.mmdit, system.mmdit)
     assert found.config.t5 is None  # its tokens are stored
+    with pytest.raises(InputError, match=r"task.text is 'step', but .*stage1 is no whole system and has no T5"):
+        dataclasses.replace(task, init_from=str(tmp_path / "stage1"), text="step").check()
     silent = dataclasses.replace(task, silent_start=True).load(SimpleNamespace(system=None)).system
     assert not np.any(silent.mmdit.final.kernel[...])
     assert not np.any(silent.mmdit.final.bias[...])

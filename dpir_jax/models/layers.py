@@ -145,6 +145,12 @@ def rms_norm(
     )
 
 
+def silence(layer: nnx.Module) -> None:
+    """Zeroes a layer with a kernel and a bias."""
+    for parameter in (layer.kernel, layer.bias):
+        parameter.set_value(jnp.zeros_like(parameter.get_value()))
+
+
 def stack(make: Callable[[nnx.Rngs], M], length: int, rngs: nnx.Rngs) -> M:
     """`length` equal blocks as one module whose arrays have a leading layer axis; run it with `scan_blocks`."""
     return nnx.vmap(make, in_axes=0, out_axes=0, transform_metadata={})(rngs.split(length)) if length else None

@@ -10,8 +10,8 @@ Which text goes where is the paper's figure; `routing` has two others. What `out
 the low-quality latent, noised to the last training level (SeeSR, arXiv 2311.16518).
 
 With a rectified flow two more switches, as in `systems.dpir`: `flow="residual"` lets the flow run on what a
-degradation-robust encoder E_dr left undone, and `prediction="x0"` reads the network's output as z_0 itself. A network
-whose last layer is zero (`silence`) then returns D(E_dr(x_lq)) exactly.
+degradation-robust encoder E_dr left undone, and `prediction="x0"` reads the network's output as z_0 itself. A system
+whose UNet's last layer is zero (`models.layers.silence`) then returns D(E_dr(x_lq)) exactly.
 """
 
 import dataclasses
@@ -350,9 +350,3 @@ class DaLPSR(nnx.Module):
     def networks(self) -> dict[str, nnx.Module]:
         """The networks by the names of their files in a model folder."""
         return {name: getattr(self, name) for name in makers(self.config)}
-
-
-def silence(unet: UNet) -> None:
-    """Zeroes the UNet's last layer: with the residual flow and x0 prediction the system then is E_dr and D."""
-    for parameter in (unet.conv_out.kernel, unet.conv_out.bias):
-        parameter.set_value(jnp.zeros_like(parameter.get_value()))

@@ -32,10 +32,11 @@ from dpir_jax.diffusion.schedule import FlowSchedule, draw_time
 from dpir_jax.errors import InputError
 from dpir_jax.models.controlnet import start_from
 from dpir_jax.models.irpad import IRPAD
+from dpir_jax.models.layers import silence
 from dpir_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from dpir_jax.models.ram import RAMConfig
 from dpir_jax.systems import irpad as irpad_system
-from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, Prompt, makers, silence
+from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, Prompt, makers
 from dpir_jax.systems.dalpsr_folder import TOKENIZER, fitting, save_dalpsr
 from dpir_jax.systems.dpir import Constant
 from dpir_jax.systems.tokenizers import Tokenizer, WordTokenizer, filled, read_tokenizer, windows
@@ -336,7 +337,7 @@ class DaLPSRTask:
 
         system = DaLPSR(config, networks={name: makers(config, precision(name))[name](rngs) for name in makers(config)})
         if config.prediction == "x0":
-            silence(system.unet)
+            silence(system.unet.conv_out)
         length = config.text.max_length
         sizes = config.intervals ** len(config.types), 2 ** len(ATTRIBUTES), 1
         texts = Texts(*(jnp.zeros((size, 1, length), jnp.int32) for size in sizes))
@@ -399,12 +400,7 @@ class DaLPSRTask:
         degradation = dropped(degradation, self.degradation_dropout, keys[3])
         prompt, hint = self._prompt(system, lq, caption, degradation)
 
-        if self.in_turn:
-            own_keys = jax.random.split(keys[4], len(hq))
-            latents = in_turn(lambda lq, hq, key: system.encode_pair(lq, hq, key[0]))(lq, hq, own_keys)
-        else:
-            latents = system.encode_pair(lq, hq, keys[4])
-        lq_latent, hq_latent = jax.lax.stop_gradient(latents)
+        lq_latent, hq_latent = jax.lax.stop_gradient(self._latents(system, lq, hq, keys[4]))
         x0 = system.to_flow(hq_latent, lq_latent)
         noise = jax.random.normal(keys[5], x0.shape)
         losses, time, estimate = self._objective(system, x0, noise, prompt, hint, keys[6])
@@ -416,6 +412,14 @@ class DaLPSRTask:
         critics = model.critics if self.picture.needs_critics else None
         extra, terms = picture_loss(self.picture, critics, image, hq, keys[7], self.config.latent_factor)
         return self.flow_weight * objective + extra, metrics | terms
+
+    def _latents(
+        self, system: DaLPSR, lq: Float[Array, "B S S 3"], hq: Float[Array, "B S S 3"], key: jax.Array
+    ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
+        if not self.in_turn:
+            return system.encode_pair(lq, hq, key)
+        keys = jax.random.split(key, len(hq))
+        return in_turn(lambda lq, hq, key: system.encode_pair(lq, hq, key[0]))(lq, hq, keys)
 
     def _prompt(
         self, system: DaLPSR, lq: Float[Array, "B S S 3"], caption: Array, degradation: Array

@@ -32,6 +32,7 @@ from dpir_jax.metrics.lpips import LPIPS
 from dpir_jax.metrics.trunks import MetricWeight
 from dpir_jax.models.autoencoder import Autoencoder, Encoder
 from dpir_jax.models.clip import clip_preprocess
+from dpir_jax.models.layers import silence
 from dpir_jax.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PatchEncoder
 from dpir_jax.models.placement import per_sample
 from dpir_jax.models.precision import FLOAT32, MIXED, Precision
@@ -211,9 +212,11 @@ def degrade_each(key: jax.Array, hq: Float[Array, "B H W 3"], recipe: Recipe) ->
 
 def make_pairs(key: jax.Array, hq: Float[Array, "B H W 3"], recipes: tuple[Recipe, ...]) -> Float[Array, "B H W 3"]:
     """Degrades and upsamples; the batch is split evenly among the recipes, in order."""
-    parts = zip(recipes, jnp.array_split(hq, len(recipes)))
-    low = (degrade_each(jax.random.fold_in(key, i), part, recipe)[0] for i, (recipe, part) in enumerate(parts))
-    return jnp.concatenate([upsample(part, recipe.scale) for part, recipe in zip(low, recipes)])
+    parts = []
+    for i, (recipe, part) in enumerate(zip(recipes, jnp.array_split(hq, len(recipes)))):
+        low, _ = degrade_each(jax.random.fold_in(key, i), part, recipe)
+        parts.append(upsample(low, recipe.scale))
+    return jnp.concatenate(parts)
 
 
 def in_turn(function: Callable, at_once: int = 8) -> Callable:
@@ -415,7 +418,7 @@ class DiTTask:
     """Stage 2: the DiT with its LQ branch.
 
     `init_from`: the model folder of stage 1, or of a whole system to go on with; `encoder_from`: stage 1's, whose E_dr
-    then takes the place of the system's.
+    then takes the place of the system's. `silent_start`: the DiT's last layer starts at zero, the system as E_dr alone.
     `local_crop`, `crops`: side and number of the crops that are cut from each degraded global picture.
     `loss_kind`: "x0" is the published loss, "velocity" the paper's.
     `start_share`: share of the samples at sigma 1, where sampling starts and with one step also ends.
@@ -519,6 +522,13 @@ class DiTTask:
         """`InputError` where there is nothing to start from."""
         if self.init_from is None:
             raise InputError("task.init_from must name the model folder of stage 1, or of a system to go on with")
+        if self.text == "step" and not self._whole:
+            raise InputError(f"task.text is 'step', but {self.init_from} is no whole system and has no T5")
+
+    @property
+    def _whole(self) -> bool:
+        """Whether training goes on from a whole system."""
+        return (Path(self.init_from) / "mmdit.safetensors").is_file()
 
     @property
     def _precision(self) -> Precision:
@@ -532,7 +542,7 @@ class DiTTask:
         """Reads stage 1's networks and measures the residual's scale, or reads a whole system to go on with."""
         start = Path(self.init_from)
         robust = self.init_from if self.encoder_from is None else self.encoder_from
-        if (start / "mmdit.safetensors").is_file():
+        if self._whole:
             config, text = model_folder.read_config(start), self.config.t5 is not None
             system = read_dpir(start, config, self._precision, text=text)
             if system.config != self.config:
@@ -540,8 +550,7 @@ class DiTTask:
             if self.encoder_from is not None:
                 system.robust_encoder = model_folder.load_network(robust, "robust_encoder", system.robust_encoder)
             if self.silent_start:
-                for weights in (system.mmdit.final.kernel, system.mmdit.final.bias):
-                    weights.set_value(jnp.zeros_like(weights.get_value()))
+                silence(system.mmdit.final)
             model.system = system
             return model
         system = model.system
@@ -584,7 +593,7 @@ class DiTTask:
         spare = whole.shape[1] - self.local_crop
         corners = local_corners(jax.random.fold_in(key, 1), batch["box"], self.crops, spare, step)
         pictures = (*(jnp.repeat(p, self.crops, 0) for p in (degraded, whole)), corners)
-        stored = (batch["moments"],) if self.stored_latents else ()
+        stored = (batch["moments"],) if self.stored_latents and "moments" in batch else ()  # previews may lack them
         if self.in_turn:
             keys = jax.random.split(latent_key, len(corners))
             seen = in_turn(lambda key, *own: look(key[0], *own))(keys, *pictures, *stored)
