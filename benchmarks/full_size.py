@@ -34,6 +34,7 @@ from convert_weights.writer import SafetensorsWriter
 from dpir_jax.errors import InputError
 from dpir_jax.files import write_json, write_text
 from dpir_jax.model_folder import new_folder
+from dpir_jax.models.layers import Keys
 from dpir_jax.systems.config_json import to_json
 from dpir_jax.systems.dpir import DPIR, DPIRConfig
 
@@ -48,8 +49,7 @@ def write_model(out: Path) -> None:
     """The model folder, array by array: memory holds one row of one array."""
     config = DPIRConfig.sd3_medium()
     networks = {
-        name: leaves(network)
-        for name, network in nnx.eval_shape(lambda: DPIR(config, rngs=nnx.Rngs(0))).networks().items()
+        name: leaves(network) for name, network in nnx.eval_shape(lambda: DPIR(config, rngs=Keys(0))).networks().items()
     }
     size = 2 * sum(math.prod(leaf.shape) for network in networks.values() for leaf in network.values())
     if (free := shutil.disk_usage(out.parent).free) < size + 2e9:

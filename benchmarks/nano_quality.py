@@ -20,6 +20,7 @@ from flax import nnx
 from PIL import Image
 
 from dpir_jax import model_folder
+from dpir_jax.models.layers import Keys
 from dpir_jax.systems.dpir import DPIR, DPIRConfig
 from dpir_jax.systems.dpir_folder import save_dpir
 
@@ -55,7 +56,7 @@ def measure(restored: Path, reference: Path) -> dict[str, float]:
 
 def encoder_as_system(folder: Path, out: Path) -> Path:
     """A model folder whose DiT is zero around the encoder of `folder`."""
-    system = nnx.eval_shape(lambda: DPIR(DPIRConfig.nano(), rngs=nnx.Rngs(0)))
+    system = nnx.eval_shape(lambda: DPIR(DPIRConfig.nano(), rngs=Keys(0)))
     system = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), system)
     system.residual_scale[...] = jnp.ones_like(system.residual_scale[...])  # a flow needs one to divide by
     for name in ("autoencoder", "robust_encoder"):

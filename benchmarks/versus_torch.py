@@ -17,6 +17,8 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from dpir_jax.models.layers import Keys
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both sides run where both can
 
 AIM = 1.3  # times PyTorch's speed
@@ -65,7 +67,7 @@ def network(kind: type, config: Any, model: Any, rules: Any) -> Any:
     from convert_weights.engine import load_into
 
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    return load_into(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))), weights, rules)
+    return load_into(nnx.eval_shape(lambda: kind(config, rngs=Keys(0))), weights, rules)
 
 
 # --- the cases -------------------------------------------------------------------------------------------------------

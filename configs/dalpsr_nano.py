@@ -1,14 +1,14 @@
 """dalpsr-nano: the embedded DaLPSR model, trained from nothing on two CPU cores, UNet and ControlNet together.
 
-    dpir train  --config configs/dpir_nano.py:encoder --workdir runs/nano_encoder        (autoencoder and E_dr)
-    dpir export --workdir runs/nano_encoder --out runs/nano_encoder/model
     dpir train  --config configs/dalpsr_nano.py --workdir runs/dalpsr \\
-        --config.task.init_from=runs/nano_encoder/model
+        --config.task.init_from=benchmarks/dpir_nano_control
     dpir export --workdir runs/dalpsr --out runs/dalpsr-nano
 
-It starts as D(E_dr(x)): the last layer is zero and the flow runs on the residual. Degradation prompts are oracle ones,
-worded from the drawn degradation and dropped one time in ten, so that the UNet learns to believe them. `first_order` is
-the recipe in which the prompt is the whole truth. The perceptual loss needs the VGG16 weights (docs/weights.md).
+`init_from` gives the autoencoder and E_dr: what `configs/dpir_nano.py:control` trained, or its stage `encoder`. At the
+start the system is D(E_dr(x)): the last layer is zero and the flow runs on the residual. Degradation prompts are oracle
+ones, worded from the drawn degradation and dropped one time in ten, so that the UNet learns to believe them. The recipe
+`first_order` is the one of which the prompt is the whole truth. The perceptual losses need the VGG16 weights
+(docs/weights.md).
 """
 
 from ml_collections import ConfigDict, config_dict
@@ -25,10 +25,11 @@ def get_config() -> ConfigDict:
     config.warmup_steps = 100
     config.ema_decay = 0.998
     config.schedule, config.end_lr = "cosine", 1e-5
-    config.batch, config.steps, config.learning_rate, config.decay_steps = 9, 3600, 5e-4, 1200
+    config.batch, config.steps, config.learning_rate, config.decay_steps = 3, 2500, 5e-4, 2000
     config.log_every, config.preview_every, config.checkpoint_every, config.keep = 50, 500, 500, 2
 
-    picture = ConfigDict({"l1": 3.0, "lpips": 1.0, "adversarial": 0.1, "grid": 10.0, "crop": 48, "stages": 3})
+    picture = ConfigDict({"l1": 3.0, "lpips": 1.0, "dists": 2.0, "adversarial": 0.0, "grid": 10.0, "specks": 5.0})
+    picture.crop, picture.stages = 80, 4
     picture.weights = config_dict.placeholder(str)
     config.task_type = "dpir_jax.training.dalpsr_task:DaLPSRTask"
     config.task = ConfigDict({"system": "nano", "train": "joint", "picture": picture})
@@ -38,13 +39,13 @@ def get_config() -> ConfigDict:
     config.task.irpad = config_dict.placeholder(str)
     config.task.predicted_share = 0.3  # of degradation "mix"
     config.task.caption_dropout, config.task.degradation_dropout = 0.5, 0.1
-    config.task.flow_weight, config.task.start_share = 0.1, 0.25
-    config.task.local_crop = 128
+    config.task.flow_weight, config.task.start_share = 0.1, 0.8
+    config.task.local_crop, config.task.crops = 128, 3
     config.task.photos = PHOTOS
     config.task.description = "DaLPSR at a small size, for photos x4 on a CPU"
-    config.task.restore = {"steps": 4, "guidance": 1.0}
+    config.task.restore = {"steps": 1, "guidance": 1.0}
     config.task.reader = "irpad-nano"
-    config.data = ConfigDict({"folders": PHOTOS, "local_crop": 128, "global_crop": 128})
+    config.data = ConfigDict({"folders": PHOTOS, "local_crop": 128, "global_crop": 320})
     config.data.by_area, config.data.flips, config.data.rotations = True, True, True
     config.data.scale_jitter_prob = 0.3
     return config

@@ -8,12 +8,13 @@
     dpir train  --config configs/dpir_nano.py:flow --workdir runs/flow             the DiT by the published loss
         --config.task.init_from=runs/encoder/model
     dpir export --workdir runs/flow --out runs/flow/model
-    dpir train  --config configs/dpir_nano.py:dit --workdir runs/dit               the DiT by decoded pictures as well
+    dpir train  --config configs/dpir_nano.py:dit --workdir runs/dit               both together by decoded pictures
         --config.task.init_from=runs/flow/model
     dpir export --workdir runs/dit --out runs/dpir-nano
 
     dpir train  --config configs/dpir_nano.py:control --config.task.init_from=runs/encoder/model ...
-        E_dr trained on by the losses of stage `dit`: what the DiT has to beat in the same time
+        E_dr trained on alone by the picture losses of stage `dit`: what the whole has to beat in the same time. Stage
+        `dit` of the embedded model began with such an E_dr (`--config.task.encoder_from=runs/control/model`)
 
 (Each command on one line.) Data: folders of photographs (`--config.data.folders='("photos/train", "more")'`). The
 perceptual losses need the VGG16 weights (`--config.task.picture.weights=FOLDER`; docs/weights.md says where they come
@@ -62,9 +63,9 @@ def get_config(stage: str = "encoder") -> ConfigDict:
         config.batch, config.steps, config.learning_rate, config.decay_steps = 2, 2500, 3e-4, 2000
     if stage == "dit":
         config.task.flow_weight = 0.1
-        config.task.start_share, config.task.rollout_share = 0.6, 0.7
+        config.task.start_share, config.task.rollout_share = 0.85, 0.0
         config.task.encoder_from = config_dict.placeholder(str)
-        config.task.silent_start, config.task.train_encoder = False, False
+        config.task.silent_start, config.task.train_encoder = True, True
     config.task.photos = PHOTOS
     config.data = ConfigDict({"folders": PHOTOS, "local_crop": 128, "global_crop": 320})
     config.data.by_area, config.data.flips, config.data.rotations = True, True, True

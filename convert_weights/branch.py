@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from flax import nnx
 
 from convert_weights.engine import export
 from convert_weights.families import Family
 from convert_weights.readers import Slot, Source
 from dpir_jax.errors import InputError
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.mmdit import LQBranch, LQBranchConfig
 
 
@@ -41,4 +41,4 @@ def with_new_branch(source: Source, family: Family, seed: int = 0) -> Source:
         for rule in family.rules(config)
         if rule.target and rule.target.startswith("lq_branch.")
     ]
-    return Extended(source, export(LQBranch(config, rngs=nnx.Rngs(seed)), rules))
+    return Extended(source, export(LQBranch(config, rngs=Keys(seed)), rules))

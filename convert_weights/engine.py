@@ -271,7 +271,7 @@ def load_into(
     One leaf is built on the host at a time, then placed; no tensor is read before all have been found to fit.
 
     Args:
-      module: the network; shapes suffice: `nnx.eval_shape(lambda: Net(config, rngs=nnx.Rngs(0)))`.
+      module: the network; shapes suffice: `nnx.eval_shape(lambda: Net(config, rngs=Keys(0)))`.
       tensors: PyTorch key -> array; with an attribute `shapes` (`readers.Source`) arrays are only read when needed.
       rules: the family's table.
       shardings: where each leaf goes, by path; None: the default device.

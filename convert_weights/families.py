@@ -14,6 +14,7 @@ from dpir_jax.errors import InputError
 from dpir_jax.models.autoencoder import Autoencoder, AutoencoderConfig, Encoder
 from dpir_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from dpir_jax.models.controlnet import ControlNet, ControlNetConfig
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.llama import LlamaConfig
 from dpir_jax.models.llava import Llava, LlavaConfig
 from dpir_jax.models.mmdit import MMDiT, MMDiTConfig
@@ -82,7 +83,7 @@ class Family:
 
 @functools.lru_cache(maxsize=32)
 def _leaves(kind: type[nnx.Module], config: Any) -> dict[str, Leaf]:
-    return leaves(nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
+    return leaves(nnx.eval_shape(lambda: kind(config, rngs=Keys(0))))
 
 
 def _always(rules: tuple[Rule, ...]) -> Callable[[Any], tuple[Rule, ...]]:

@@ -25,6 +25,7 @@ from convert_weights.families import CONFIGS, FAMILIES
 from dpir_jax.errors import InputError
 from dpir_jax.files import write_text
 from dpir_jax.model_folder import load_network, read_config
+from dpir_jax.models.layers import Keys
 from dpir_jax.systems.config_json import from_json
 
 TOLERANCE = 1e-4  # absolute plus relative
@@ -347,7 +348,7 @@ def load(folder: Path, name: str) -> nnx.Module:
     """A network of a converted folder."""
     entry = read_config(folder)["networks"][name]
     config, kind = from_json(entry["config"], CONFIGS), FAMILIES[entry["family"]].kind
-    return load_network(folder, name, nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0))))
+    return load_network(folder, name, nnx.eval_shape(lambda: kind(config, rngs=Keys(0))))
 
 
 def outputs(case: Case, model: Any, network: nnx.Module) -> tuple[Outputs, Outputs]:

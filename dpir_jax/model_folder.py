@@ -153,7 +153,7 @@ def load_network(
     Args:
       folder: the model folder.
       name: the network's name in it.
-      abstract_module: the network without arrays, `nnx.eval_shape(lambda: Net(config, rngs=nnx.Rngs(0)))`. Its dtypes
+      abstract_module: the network without arrays, `nnx.eval_shape(lambda: Net(config, rngs=Keys(0)))`. Its dtypes
         decide what the arrays become.
       check: whether to compare the file with the manifest first.
       as_stored: leave 16-bit floats as they are where the module would have wider ones.

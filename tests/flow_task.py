@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from dpir_jax.diffusion.flow import interpolate
-from dpir_jax.models.layers import dense
+from dpir_jax.models.layers import Keys, dense
 from dpir_jax.models.mmdit import MMDiT, MMDiTConfig
 from dpir_jax.models.precision import FLOAT32, Precision
 from tests.toy_task import random_weights
@@ -32,7 +32,7 @@ class FlowTask:
     trainable = nnx.PathContains("mmdit")
 
     def init(self, key: jax.Array) -> Model:
-        return random_weights(lambda: Model(self.precision, rngs=nnx.Rngs(0)), 3)
+        return random_weights(lambda: Model(self.precision, rngs=Keys(0)), 3)
 
     def loss(self, model: Model, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, dict[str, Any]]:
         latent, lq = batch["latent"], batch["lq"]

@@ -10,6 +10,7 @@ from flax import nnx
 
 from convert_weights.engine import Rule, leaves, torch_pieces
 from dpir_jax.models.attention import use_attention_backend
+from dpir_jax.models.layers import Keys
 from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, makers
 
 
@@ -27,7 +28,7 @@ def random_network(make: Callable[[], nnx.Module], seed: int = 0) -> nnx.Module:
 def random_dalpsr(config: DaLPSRConfig, seed: int = 0) -> DaLPSR:
     """A DaLPSR with random networks; made one by one, as tracing grows with the square of the number of parameters."""
     parts = {
-        name: random_network(lambda make=make: make(nnx.Rngs(0)), seed + i)
+        name: random_network(lambda make=make: make(Keys(0)), seed + i)
         for i, (name, make) in enumerate(makers(config).items())
     }
     return DaLPSR(config, networks=parts)

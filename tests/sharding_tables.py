@@ -14,17 +14,18 @@ from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
 from dpir_jax.models.controlnet import ControlNet, ControlNetConfig
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.unet import UNet, UNetConfig
 from dpir_jax.parallel.sharding import ACTIVATIONS, PRESETS, parameter_shardings, placement
 from dpir_jax.systems.dpir import DPIR, DPIRConfig
 
 FOLDER = Path(__file__).parent / "sharding"
 MODELS = {
-    "dpir_tiny": lambda: DPIR(DPIRConfig.tiny(), rngs=nnx.Rngs(0)),
-    "dpir_nano": lambda: DPIR(DPIRConfig.nano(), rngs=nnx.Rngs(0)),
-    "dpir_sd3_medium": lambda: DPIR(DPIRConfig.sd3_medium(), rngs=nnx.Rngs(0)),
-    "dalpsr_unet": lambda: UNet(UNetConfig.sd2(), rngs=nnx.Rngs(0)),
-    "dalpsr_controlnet": lambda: ControlNet(ControlNetConfig.sd2(), rngs=nnx.Rngs(0)),
+    "dpir_tiny": lambda: DPIR(DPIRConfig.tiny(), rngs=Keys(0)),
+    "dpir_nano": lambda: DPIR(DPIRConfig.nano(), rngs=Keys(0)),
+    "dpir_sd3_medium": lambda: DPIR(DPIRConfig.sd3_medium(), rngs=Keys(0)),
+    "dalpsr_unet": lambda: UNet(UNetConfig.sd2(), rngs=Keys(0)),
+    "dalpsr_controlnet": lambda: ControlNet(ControlNetConfig.sd2(), rngs=Keys(0)),
 }
 MESHES = {  # preset, (data, fsdp, tensor, context)
     "zero1_8": ("zero1", (8, 1, 1, 1)),

@@ -7,12 +7,12 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpir_jax.cli import main
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import attention, use_attention_backend
+from dpir_jax.models.layers import Keys
 from dpir_jax.parallel import hlo
 from dpir_jax.parallel.flops import count_flops
 from dpir_jax.parallel.roofline import Roofline, roofline
@@ -194,7 +194,7 @@ class TracedToyTask(ToyTask):
         pass
 
     def create(self, key):
-        return Toy(self.width, rngs=nnx.Rngs(key))
+        return Toy(self.width, rngs=Keys(key))
 
     def load(self, model):
         return model

@@ -10,6 +10,7 @@ from convert_weights.autoencoder import encoder_rules, rules
 from convert_weights.engine import export, load_into
 from dpir_jax.errors import InputError
 from dpir_jax.models.autoencoder import Autoencoder, AutoencoderConfig, Decoder, Encoder
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.precision import BFLOAT16, FLOAT32
 from tests.networks import assert_same_tensors, check_axes, parameter_count, published_keys, random_network
 
@@ -18,7 +19,7 @@ QUANTISED = dataclasses.replace(TINY, layers_per_block=2, quant_conv=True, post_
 
 
 def make(config, kind=Autoencoder, precision=FLOAT32):
-    return lambda: kind(config, rngs=nnx.Rngs(0), precision=precision)
+    return lambda: kind(config, rngs=Keys(0), precision=precision)
 
 
 def test_published_sizes():

@@ -4,7 +4,6 @@ import dataclasses
 
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 from dpir_jax import cli, model_folder
@@ -13,6 +12,7 @@ from dpir_jax.captions.caption_files import caption_path, read_caption, write_ca
 from dpir_jax.captions.captioner import Captioner, Tagger, read_captioner, read_tagger
 from dpir_jax.captions.job import caption_photos, photos_to_caption
 from dpir_jax.errors import InputError
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.llama import Decoding, LlamaConfig
 from dpir_jax.models.llava import Llava, LlavaConfig
 from dpir_jax.models.ram import RAM, RAMConfig
@@ -37,12 +37,12 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def llava():
-    return random_network(lambda: Llava(LLAVA, rngs=nnx.Rngs(0)))
+    return random_network(lambda: Llava(LLAVA, rngs=Keys(0)))
 
 
 @pytest.fixture(scope="module")
 def tagger():
-    ram = random_network(lambda: RAM(RAMConfig.tiny(), rngs=nnx.Rngs(0)))
+    ram = random_network(lambda: RAM(RAMConfig.tiny(), rngs=Keys(0)))
     return Tagger(ram, ("tree", "boat", "lake", "dog", "sky"), np.zeros(5, np.float32))
 
 

@@ -17,17 +17,18 @@ from dpir_jax.models.clip import (
     CLIPVisionConfig,
     clip_preprocess,
 )
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.precision import BFLOAT16, FLOAT32
 from tests.fixtures import Fixture, golden_dir, nhwc
 from tests.networks import assert_same_tensors, check_axes, parameter_count, published_keys, random_network
 
 
 def vision(config, precision=FLOAT32):
-    return lambda: CLIPVision(config, rngs=nnx.Rngs(0), precision=precision)
+    return lambda: CLIPVision(config, rngs=Keys(0), precision=precision)
 
 
 def text(config, precision=FLOAT32):
-    return lambda: CLIPText(config, rngs=nnx.Rngs(0), precision=precision)
+    return lambda: CLIPText(config, rngs=Keys(0), precision=precision)
 
 
 TOWERS = {

@@ -37,6 +37,7 @@ from dpir_jax.model_folder import save_networks, verify
 from dpir_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dpir_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig
 from dpir_jax.models.controlnet import ControlNet, ControlNetConfig
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.llava import Llava, LlavaConfig
 from dpir_jax.models.mmdit import LQBranchConfig, MMDiT, MMDiTConfig
 from dpir_jax.models.precision import BFLOAT16, FLOAT32
@@ -88,7 +89,7 @@ NETWORKS = {
 @functools.cache
 def network(name: str, precision=FLOAT32) -> nnx.Module:
     kind, config = NETWORKS[name]
-    return random_network(lambda: kind(config, rngs=nnx.Rngs(0), precision=precision))
+    return random_network(lambda: kind(config, rngs=Keys(0), precision=precision))
 
 
 def tensors_of(path) -> dict[str, np.ndarray]:
@@ -226,7 +227,7 @@ def test_both_towers_of_a_whole_clip(tmp_path):
 
 def test_heads_that_shapes_do_not_tell_are_asked_for(tmp_path, capsys):
     config = dataclasses.replace(SD3, head_dim=8, num_heads=2)
-    net = random_network(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
+    net = random_network(lambda: MMDiT(config, rngs=Keys(0)))
     save_file(export(net, FAMILIES["mmdit"].rules(config)), tmp_path / "diffusion_pytorch_model.safetensors")
     run(tmp_path / "diffusion_pytorch_model.safetensors", tmp_path / "out", status=2)
     assert "16 wide, which num_attention_heads * attention_head_dim = 0 * 64 is not" in capsys.readouterr().err
@@ -287,9 +288,7 @@ def test_a_lora_is_merged(form, base, tmp_path):
     for key, (a, b) in pairs.items():
         expected[key] = expected[key] + 0.75 * factor * b @ a
     merged = tensors_of(tmp_path / "out" / "mmdit.safetensors")
-    wanted = load_into(
-        nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0))), expected, FAMILIES[layout].rules(config)
-    )
+    wanted = load_into(nnx.eval_shape(lambda: MMDiT(config, rngs=Keys(0))), expected, FAMILIES[layout].rules(config))
     changed = 0
     for path in leaves(wanted):
         value = np.asarray(_get(wanted, path))
@@ -419,7 +418,7 @@ def letters_tokenizer(more=()) -> T5Tokenizer:
 def dpir_parts(tmp_path_factory):
     """A tiny DPIR as PyTorch has it: a folder per network, T5's tokenizer, and the model folder that they came from."""
     root = tmp_path_factory.mktemp("dpir")
-    net = random_network(lambda: DPIR(SYSTEM, rngs=nnx.Rngs(0)))
+    net = random_network(lambda: DPIR(SYSTEM, rngs=Keys(0)))
     net.residual_scale.set_value(jnp.ones_like(net.residual_scale[...]))
     save_dpir(root / "ours", net, description="tiny", restore={})
     run(root / "ours", root / "torch", "--to-torch", "--verify")
@@ -478,7 +477,7 @@ def test_a_converted_model_restores_a_photo(dpir_parts, tmp_path):
 
 def test_training_starts_from_sd3_with_a_new_branch(dpir_parts, tmp_path, capsys):
     plain = dataclasses.replace(SYSTEM.mmdit, lq_branch=None)
-    net = random_network(lambda: MMDiT(plain, rngs=nnx.Rngs(0)))
+    net = random_network(lambda: MMDiT(plain, rngs=Keys(0)))
     about = {"system": "networks", "networks": {"mmdit": {"family": "mmdit", "config": to_json(plain)}}}
     save_networks(tmp_path / "sd3", about, {"mmdit": net})
     run(tmp_path / "sd3", tmp_path / "torch", "--to-torch")
@@ -690,7 +689,7 @@ def test_dpir_convert_is_the_same_command(t5_file, capsys):
 
 
 def test_a_trained_model_without_counterpart_says_so(tmp_path, capsys):
-    net = random_network(lambda: T5Encoder(T5Config.tiny(), rngs=nnx.Rngs(0)))
+    net = random_network(lambda: T5Encoder(T5Config.tiny(), rngs=Keys(0)))
     document = {"system": "dpir", "config": to_json(DPIRConfig.nano())}
     save_networks(tmp_path / "nano", document, {"mmdit": net, "autoencoder": net})
     run(tmp_path / "nano", tmp_path / "out", "--to-torch", status=2)
@@ -727,7 +726,7 @@ def test_no_more_than_a_tensor_is_held(tmp_path):
     assert total > 90 * largest_tensor
     assert peak < 6 * largest_tensor, f"{peak / largest_tensor:.1f} tensors"
 
-    module = nnx.eval_shape(lambda: T5Encoder(config, rngs=nnx.Rngs(0), precision=BFLOAT16))
+    module = nnx.eval_shape(lambda: T5Encoder(config, rngs=Keys(0), precision=BFLOAT16))
     source = open_source(tmp_path / "model.safetensors.index.json")
     tracemalloc.start()
     load_into(module, source, family.rules(config))

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from convert_weights.engine import Rule, export, fused, leaves, linear, load_into, norm, plan
 from convert_weights.layouts import ADALN_SWAP, CONV, IDENTITY, LINEAR, POINTWISE, Chain, Patches, Permute, Reshape
 from dpir_jax.errors import InputError
-from dpir_jax.models.layers import dense, layer_norm, stack
+from dpir_jax.models.layers import Keys, dense, layer_norm, stack
 from tests.networks import random_network
 
 
@@ -35,7 +35,7 @@ RULES = (
 
 
 def abstract() -> Net:
-    return nnx.eval_shape(lambda: Net(rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Net(rngs=Keys(0)))
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_round_trip_through_an_abstract_network(tensors):
 
 
 def test_loading_leaves_the_given_network_alone(tensors):
-    net = random_network(lambda: Net(rngs=nnx.Rngs(0)))
+    net = random_network(lambda: Net(rngs=Keys(0)))
     before = np.asarray(net.norm.scale)
     load_into(net, tensors, RULES)
     assert np.array_equal(net.norm.scale, before)
@@ -130,7 +130,7 @@ def test_fused_and_tied_tensors(names):
     rng = np.random.default_rng(0)
     shapes = {"ab.weight": (8, 3), "ab.bias": (8,)} | {name: (2, 2) for name in names}
     given = {key: rng.standard_normal(shape).astype(np.float32) for key, shape in shapes.items()}
-    net = load_into(nnx.eval_shape(lambda: Two(rngs=nnx.Rngs(0))), given, TWO)
+    net = load_into(nnx.eval_shape(lambda: Two(rngs=Keys(0))), given, TWO)
     np.testing.assert_array_equal(net.b.kernel, given["ab.weight"][4:].T)
     np.testing.assert_array_equal(net.a.bias, given["ab.bias"][:4])
     written = export(net, TWO)
@@ -141,9 +141,9 @@ def test_fused_and_tied_tensors(names):
 
 def test_a_fused_tensor_is_named_once():
     with pytest.raises(InputError, match=r"missing ab\.bias, ab\.weight, table$"):
-        load_into(nnx.eval_shape(lambda: Two(rngs=nnx.Rngs(0))), {}, TWO)
+        load_into(nnx.eval_shape(lambda: Two(rngs=Keys(0))), {}, TWO)
     with pytest.raises(InputError, match="a part of it has none"):
-        export(Two(rngs=nnx.Rngs(0)), [rule for rule in TWO if rule.part != (1, 2)] + list(linear("b", "b")))
+        export(Two(rngs=Keys(0)), [rule for rule in TWO if rule.part != (1, 2)] + list(linear("b", "b")))
 
 
 def test_leaves_are_placed_where_they_are_wanted(tensors):
@@ -188,4 +188,4 @@ def test_a_parameter_without_a_rule_is_an_error_both_ways(tensors):
     with pytest.raises(InputError, match=r"heads\.0\.bias \(no rule\)"):
         load_into(abstract(), tensors, rules)
     with pytest.raises(InputError, match=r"no rule of the table writes heads\.0\.bias"):
-        export(random_network(lambda: Net(rngs=nnx.Rngs(0))), rules)
+        export(random_network(lambda: Net(rngs=Keys(0))), rules)

@@ -15,6 +15,7 @@ from dpir_jax.diffusion.ddpm import DDPMSchedule
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import use_attention_backend
 from dpir_jax.models.irpad import IRPAD, IRPADConfig
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.patch_autoencoder import PatchAutoencoder, PatchEncoder
 from dpir_jax.models.precision import FLOAT32
 from dpir_jax.models.ram import RAMConfig
@@ -49,8 +50,8 @@ def photos(tmp_path_factory):
 def stage_one(tmp_path_factory):
     """A folder with autoencoder and E_dr."""
     networks = {
-        "autoencoder": random_network(lambda: PatchAutoencoder(CONFIG.autoencoder, rngs=nnx.Rngs(0))),
-        "robust_encoder": random_network(lambda: PatchEncoder(CONFIG.robust_encoder, rngs=nnx.Rngs(0))),
+        "autoencoder": random_network(lambda: PatchAutoencoder(CONFIG.autoencoder, rngs=Keys(0))),
+        "robust_encoder": random_network(lambda: PatchEncoder(CONFIG.robust_encoder, rngs=Keys(0))),
     }
     return model_folder.save_networks(tmp_path_factory.mktemp("stage1") / "model", {}, networks)
 
@@ -77,7 +78,7 @@ def task(photos, stage_one):
 def model(task):
     def random(make):
         traced = lambda rngs: "Tracer" in type(rngs.params()).__name__  # noqa: E731 -- shapes alone are wanted
-        return lambda rngs: make(rngs) if traced(rngs) else random_network(lambda: make(nnx.Rngs(0)))
+        return lambda rngs: make(rngs) if traced(rngs) else random_network(lambda: make(Keys(0)))
 
     def quick(config, precision=FLOAT32):
         return {name: random(make) for name, make in makers(config).items()}
@@ -196,6 +197,23 @@ def test_pairs_come_with_their_degradation(task, model):
     assert rows == (2, 32, 4 * 32, 3)
 
 
+def test_several_crops_of_a_photo_keep_its_labels(photos, stage_one, monkeypatch):
+    task = make_task(photos, stage_one, crops=3)
+    whole = jax.random.uniform(jax.random.key(0), (2, 48, 48, 3))
+    drawn = jnp.asarray([[0.1, 0.4, 0.6], [0.9, 0.3, 0.0]])
+    monkeypatch.setattr(dalpsr_task, "degrade_each", lambda key, part, recipe: (part / 2, drawn))
+    monkeypatch.setattr(dalpsr_task, "severities", lambda plan, types: plan)
+    native, lq, hq, labels = task._pairs(whole, jnp.zeros((2, 2), jnp.int32), jax.random.key(1))
+    np.testing.assert_array_equal(native, whole / 2)
+    np.testing.assert_allclose(lq, hq / 2, atol=1e-6)
+    np.testing.assert_array_equal(labels, [[0, 1, 2]] * 3 + [[3, 1, 0]] * 3)
+    windows = np.lib.stride_tricks.sliding_window_view(whole, (32, 32), (1, 2))[
+        :, ::4, ::4
+    ]  # a latent cell is 4 pixels
+    for i, crop in enumerate(hq):
+        assert (windows[i // 3] == np.moveaxis(crop, -1, 0)).all((2, 3, 4)).any()
+
+
 def test_prompts_say_what_was_done(task):
     words = task.tokenizer
     texts = [
@@ -222,7 +240,7 @@ def test_attributes():
 
 
 def test_predicted_and_mixed_prompts(photos, stage_one, tmp_path, monkeypatch):
-    network = random_network(lambda: IRPAD(IRPADConfig.tiny(), rngs=nnx.Rngs(0)))
+    network = random_network(lambda: IRPAD(IRPADConfig.tiny(), rngs=Keys(0)))
     reader = save_irpad(tmp_path / "irpad", network, description="")
     pairs = (jnp.zeros((8, 20, 20, 3)), None, jnp.zeros((8, 20, 20, 3)), jnp.zeros((8, 3), jnp.int32))
     monkeypatch.setattr(DaLPSRTask, "_predicted", lambda self, irpad, native: jnp.full((len(native), 3), 2))
@@ -239,7 +257,7 @@ def test_predicted_and_mixed_prompts(photos, stage_one, tmp_path, monkeypatch):
 
 
 def test_irpad_reads_crops_that_are_smaller_than_it_looks(task):
-    network = random_network(lambda: IRPAD(IRPADConfig.tiny(), rngs=nnx.Rngs(0)))
+    network = random_network(lambda: IRPAD(IRPADConfig.tiny(), rngs=Keys(0)))
     shape = jax.eval_shape(lambda net, x: task._predicted(net, x), network, jnp.zeros((2, 12, 12, 3))).shape
     assert shape == (2, 3)
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from dpir_jax import model_folder
 from dpir_jax.errors import InputError
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.ram import RAM, RAMConfig
 from dpir_jax.training.dape_task import DAPETask
 from dpir_jax.training.state import split
@@ -16,7 +16,7 @@ from tests.networks import quick_jit, random_network
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    ram = random_network(lambda: RAM(RAMConfig.tiny(), rngs=nnx.Rngs(0)))
+    ram = random_network(lambda: RAM(RAMConfig.tiny(), rngs=Keys(0)))
     folder = model_folder.save_networks(tmp_path_factory.mktemp("ram") / "model", {}, {"ram": ram})
     settings = {"system": "tiny", "init_from": str(folder), "recipe": "native", "scale": 1, "rank": 2}
     return DAPETask.from_config(settings)

@@ -14,6 +14,7 @@ from dpir_jax.diffusion.samplers import euler
 from dpir_jax.diffusion.schedule import FlowSchedule
 from dpir_jax.errors import InputError
 from dpir_jax.models.clip import clip_preprocess
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.mmdit import MMDiT
 from dpir_jax.systems import prompts
 from dpir_jax.systems.config_json import from_json, to_json
@@ -25,7 +26,7 @@ CONFIG = DPIRConfig.tiny()
 
 
 def make(config, seed=0):
-    return random_network(lambda: DPIR(config, rngs=nnx.Rngs(0)), seed)
+    return random_network(lambda: DPIR(config, rngs=Keys(0)), seed)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +56,7 @@ def test_the_untrained_system_returns_what_its_encoder_sees(pictures):
         return system.decode(system.from_flow(z0, lq)), system.decode(lq)
 
     system = make(CONFIG)
-    system.mmdit = MMDiT(CONFIG.mmdit, rngs=nnx.Rngs(0))  # its own initialisation is what is tested
+    system.mmdit = MMDiT(CONFIG.mmdit, rngs=Keys(0))  # its own initialisation is what is tested
     restored, plain = restore(system, pictures)
     np.testing.assert_allclose(restored, plain, atol=1e-5)
 
@@ -123,7 +124,7 @@ def test_contradictions_are_named(change, message):
 
 
 def test_the_published_system_has_the_published_size():
-    system = nnx.eval_shape(lambda: DPIR(DPIRConfig.sd3_medium(), rngs=nnx.Rngs(0)))
+    system = nnx.eval_shape(lambda: DPIR(DPIRConfig.sd3_medium(), rngs=Keys(0)))
 
     def count(net):
         return sum(np.prod(leaf.shape) for leaf in jax.tree.leaves(nnx.state(net, nnx.Param)))

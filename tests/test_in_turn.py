@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from dpir_jax.errors import InputError
 from dpir_jax.models.autoencoder import Autoencoder, AutoencoderConfig
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.placement import use_placement
 from dpir_jax.parallel.mesh import MeshConfig, make_mesh
 from dpir_jax.parallel.sharding import FSDP, placement
@@ -43,7 +43,7 @@ def test_in_turn_gives_each_sample_its_own_result():
 def system():
     auto = AutoencoderConfig.tiny()
     config = dataclasses.replace(DPIRConfig.tiny(), autoencoder=auto, robust_encoder=auto, t5=None)
-    return random_weights(lambda: DPIR(config, rngs=nnx.Rngs(0)), 0)
+    return random_weights(lambda: DPIR(config, rngs=Keys(0)), 0)
 
 
 PAIR = np.random.default_rng(1).random((2, 2, 16, 16, 3), np.float32)
@@ -68,7 +68,7 @@ def test_one_encoder_for_both_in_one_loop():
     small = DaLPSRConfig.tiny()
     published = {"objective": "epsilon", "flow": "latent", "prediction": "velocity", "robust_encoder": None}
     config = dataclasses.replace(small, autoencoder=AutoencoderConfig.tiny(), **published)
-    autoencoder = random_weights(lambda: Autoencoder(config.autoencoder, rngs=nnx.Rngs(0)), 0)
+    autoencoder = random_weights(lambda: Autoencoder(config.autoencoder, rngs=Keys(0)), 0)
     system = DaLPSR(config, networks=dict.fromkeys(makers(config)) | {"autoencoder": autoencoder})
     latents = encode_pair(system)
     task = DaLPSRTask.from_config({"in_turn": True})

@@ -33,6 +33,7 @@ from dpir_jax.models.irpad import (
     luma_statistics,
     pooled,
 )
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.ram import RAM, RAMConfig
 from dpir_jax.systems.config_json import to_json
 from dpir_jax.systems.irpad import (
@@ -58,7 +59,7 @@ TINY = IRPADConfig.tiny()
 
 @pytest.fixture(scope="module")
 def tiny():
-    return random_network(lambda: IRPAD(TINY, rngs=nnx.Rngs(0)))
+    return random_network(lambda: IRPAD(TINY, rngs=Keys(0)))
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +250,7 @@ def test_both_forms_of_candidates_give_probabilities_per_type():
     crops = jax.random.uniform(jax.random.key(0), (2, 3, 16, 16, 3))
     for form in ("phrases", "sentences"):
         config = dataclasses.replace(TINY, candidates=form, types=("blur", "noise"), intervals=3)
-        network = random_network(lambda config=config: IRPAD(config, rngs=nnx.Rngs(0)))
+        network = random_network(lambda config=config: IRPAD(config, rngs=Keys(0)))
         got = quick_jit(lambda network, crops: network(crops))(network, crops)
         assert got.shape == (2, 2, 3)
         np.testing.assert_allclose(got.sum(-1), 1, atol=1e-5)
@@ -266,10 +267,10 @@ def test_neither_order_nor_repetition_of_the_looks_matters(tiny):
 
 
 def test_sizes():
-    assert parameter_count(lambda: IRPAD(IRPADConfig.nano(), rngs=nnx.Rngs(0))) < 7e6  # 15 MB in float16
+    assert parameter_count(lambda: IRPAD(IRPADConfig.nano(), rngs=Keys(0))) < 7e6  # 15 MB in float16
     ram, published = IRPADConfig.ram(), RAMConfig.ram()
-    ours = parameter_count(lambda: IRPAD(ram, rngs=nnx.Rngs(0)))
-    theirs = parameter_count(lambda: RAM(published, rngs=nnx.Rngs(0)))
+    ours = parameter_count(lambda: IRPAD(ram, rngs=Keys(0)))
+    theirs = parameter_count(lambda: RAM(published, rngs=Keys(0)))
     assert ours - theirs == (12 - 4585) * 512 + 3 * 513  # prompts for tags, and the second target's layer
     assert ram.crop == 384
 
@@ -308,7 +309,7 @@ def cheap(monkeypatch):
 
 def test_the_task_learns_and_exports(cheap, tmp_path):
     task = IRPADTask.from_config(TASK | {"tables": ["published", "libjpeg"]})
-    graph, weights = nnx.split(random_network(lambda: IRPAD(task.config, rngs=nnx.Rngs(0))))
+    graph, weights = nnx.split(random_network(lambda: IRPAD(task.config, rngs=Keys(0))))
 
     @quick_jit
     @functools.partial(jax.value_and_grad, has_aux=True)
@@ -336,7 +337,7 @@ def test_combinations_are_held_out(cheap, monkeypatch):
         assert set(every[~out][:, i]) == set(range(4))
 
     task = IRPADTask.from_config(TASK | {"second_count": 0, "tables": ["published"], "hold_out": True})
-    network = random_network(lambda: IRPAD(task.config, rngs=nnx.Rngs(0)))
+    network = random_network(lambda: IRPAD(task.config, rngs=Keys(0)))
     batch = {name: value[:1] for name, value in BATCH.items()}
     monkeypatch.setattr(irpad_task, "held_out", lambda labels: jnp.ones(len(labels), bool))
     assert float(quick_jit(task.loss)(network, batch, jax.random.key(0))[0]) == 0
@@ -348,10 +349,10 @@ def test_rams_weights_are_taken_over_and_its_encoder_is_frozen(tmp_path, monkeyp
         ram.swin, looks=2, embed_width=ram.embed_width, head_width=ram.head_width, head_mlp_width=ram.head_mlp_width
     )
     monkeypatch.setitem(irpad_task.SYSTEMS, "ram", lambda: small)
-    donor = random_network(lambda: RAM(ram, rngs=nnx.Rngs(0)))
+    donor = random_network(lambda: RAM(ram, rngs=Keys(0)))
     model_folder.save_networks(tmp_path / "ram", {"system": "ram", "config": to_json(ram)}, {"ram": donor})
     task = IRPADTask.from_config({"system": "ram", "region": small.crop})
-    network = random_network(lambda: IRPAD(small, rngs=nnx.Rngs(1)), seed=1)
+    network = random_network(lambda: IRPAD(small, rngs=Keys(1)), seed=1)
     irpad_task.take_over(network, tmp_path / "ram")
     np.testing.assert_array_equal(network.encoder.image_proj.kernel[...], donor.image_proj.kernel[...])
     np.testing.assert_array_equal(network.blocks.fc1.kernel[...], donor.blocks.fc1.kernel[...])
@@ -361,7 +362,7 @@ def test_rams_weights_are_taken_over_and_its_encoder_is_frozen(tmp_path, monkeyp
     crops = jax.random.uniform(jax.random.key(0), (1, 2, small.crop, small.crop, 3))
     assert quick_jit(lambda network, crops: network(crops))(network, crops).shape == (1, 3, 4)
 
-    network = random_network(lambda: IRPAD(dataclasses.replace(small, head_mlp_width=8), rngs=nnx.Rngs(1)))
+    network = random_network(lambda: IRPAD(dataclasses.replace(small, head_mlp_width=8), rngs=Keys(1)))
     with pytest.raises(InputError, match="its blocks is of another size"):
         irpad_task.take_over(network, tmp_path / "ram")
 
@@ -378,7 +379,7 @@ def test_a_step_sees_some_of_the_looks():
 
 
 def test_statistics_are_standardised_and_hidden_ones_count_as_usual():
-    network = random_network(lambda: IRPAD(TINY, rngs=nnx.Rngs(0)))
+    network = random_network(lambda: IRPAD(TINY, rngs=Keys(0)))
     statistics = jax.random.normal(jax.random.key(0), (40, 4, TINY.encoder.features)) * 3 + 5
     network.encoder.standardise(statistics)
     shown = (pooled(statistics) - network.encoder.centre[...]) / network.encoder.spread[...]
@@ -430,7 +431,7 @@ def test_statistics_are_drawn_once_and_gone_through_in_order(tmp_path, monkeypat
     assert shard.read_bytes() == kept
 
     trained = IRPADTask.from_config({"system": "tiny", "region": 32})
-    network = random_network(lambda: IRPAD(trained.config, rngs=nnx.Rngs(0)))
+    network = random_network(lambda: IRPAD(trained.config, rngs=Keys(0)))
     loss, metrics = quick_jit(trained.loss)(network, first[0], jax.random.key(0))
     assert np.isfinite(loss)
     assert "second_noise_accuracy" in metrics

@@ -10,6 +10,7 @@ from convert_weights.engine import export, load_into
 from convert_weights.llava import config as llava_config
 from convert_weights.llava import rules
 from dpir_jax.errors import InputError
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.llama import Decoding, Llama, LlamaConfig, write
 from dpir_jax.models.llava import Llava, LlavaConfig
 from tests.networks import assert_same_tensors, check_axes, parameter_count, published_keys, quick_jit, random_network
@@ -18,11 +19,11 @@ TINY = LlavaConfig.tiny()
 
 
 def llava(config=TINY):
-    return lambda: Llava(config, rngs=nnx.Rngs(0))
+    return lambda: Llava(config, rngs=Keys(0))
 
 
 def llama(config=TINY.text):
-    return lambda: Llama(config, rngs=nnx.Rngs(0))
+    return lambda: Llama(config, rngs=Keys(0))
 
 
 def test_published_sizes():

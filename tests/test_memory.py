@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpir_jax.errors import InputError
 from dpir_jax.models.autoencoder import AutoencoderConfig, Encoder
-from dpir_jax.models.layers import use_remat
+from dpir_jax.models.layers import Keys, use_remat
 from dpir_jax.models.unet import UNet, UNetConfig
 from dpir_jax.parallel.mesh import MeshConfig, make_mesh
 from dpir_jax.parallel.sharding import parameter_shardings
@@ -39,8 +39,8 @@ def encoder_loss(net, batch):
 
 LOSSES = {
     "MMDiT": (flow_loss, lambda: FlowTask().init(jax.random.key(0))),
-    "UNet": (unet_loss, lambda: nnx.eval_shape(lambda: UNet(UNetConfig.tiny(), rngs=nnx.Rngs(0)))),
-    "encoder": (encoder_loss, lambda: nnx.eval_shape(lambda: Encoder(AutoencoderConfig.tiny(), rngs=nnx.Rngs(0)))),
+    "UNet": (unet_loss, lambda: nnx.eval_shape(lambda: UNet(UNetConfig.tiny(), rngs=Keys(0)))),
+    "encoder": (encoder_loss, lambda: nnx.eval_shape(lambda: Encoder(AutoencoderConfig.tiny(), rngs=Keys(0)))),
 }
 
 
@@ -162,7 +162,7 @@ def test_where_the_state_of_an_optimizer_lies():
 
     class Wide(FlowTask):
         def init(self, key):
-            net = nnx.Linear(256, 512, kernel_metadata={"axes": "df"}, bias_metadata={"axes": "f"}, rngs=nnx.Rngs(0))
+            net = nnx.Linear(256, 512, kernel_metadata={"axes": "df"}, bias_metadata={"axes": "f"}, rngs=Keys(0))
             return nnx.Dict(mmdit=net)
 
     factored = abstract_state(Wide(), config("adafactor"), mesh)[0].optimizer[0]

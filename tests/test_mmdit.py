@@ -13,6 +13,7 @@ from convert_weights import mmdit as table
 from convert_weights.engine import export, leaves, load_into
 from dpir_jax.errors import InputError
 from dpir_jax.models.embeddings import patchify, position_table, timestep_embedding, unpatchify
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.mmdit import LQBranchConfig, MMDiT, MMDiTConfig, align
 from dpir_jax.models.precision import BFLOAT16
 
@@ -20,7 +21,7 @@ TINY = MMDiTConfig.tiny()
 
 
 def abstract(config: MMDiTConfig) -> MMDiT:
-    return nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: MMDiT(config, rngs=Keys(0)))
 
 
 def parameters(net) -> int:
@@ -120,7 +121,7 @@ def test_round_trip_of_a_dual_network():
 
 
 def test_a_new_network_gives_zero_velocity_and_learns(given):
-    net = jax.jit(lambda key: MMDiT(TINY, rngs=nnx.Rngs(key)))(jax.random.key(0, impl="rbg"))
+    net = jax.jit(lambda key: MMDiT(TINY, rngs=Keys(key)))(jax.random.key(0, impl="rbg"))
     assert np.any(net.runs[0].attention.q.kernel[...])
     assert not np.any(net.runs[0].modulation.kernel[...])
     gradient, velocity = differentiate(net, given)
@@ -164,7 +165,7 @@ def test_alignment():
 
 
 def test_low_precision(lively, given, control):
-    low = nnx.eval_shape(lambda: MMDiT(TINY, rngs=nnx.Rngs(0), precision=BFLOAT16))
+    low = nnx.eval_shape(lambda: MMDiT(TINY, rngs=Keys(0), precision=BFLOAT16))
     low = load_into(low, export(lively, table.rules(TINY)), table.rules(TINY))
     assert {leaf.dtype for leaf in jax.tree.leaves(low)} == {jnp.dtype(jnp.bfloat16)}
     expected, found = call(lively, given, control), call(low, given, control.astype(jnp.bfloat16))

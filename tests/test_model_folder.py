@@ -13,11 +13,12 @@ from safetensors.numpy import save_file
 from dpir_jax.errors import InputError
 from dpir_jax.files import sha256
 from dpir_jax.model_folder import load_network, named_variables, read_config, save_networks, verify
+from dpir_jax.models.layers import Keys
 from tests.toy_task import Net, random_weights
 
 
 def make(width):
-    return lambda: Net(width, rngs=nnx.Rngs(0))
+    return lambda: Net(width, rngs=Keys(0))
 
 
 def net(width=4, seed=0):

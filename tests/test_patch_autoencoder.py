@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from dpir_jax.errors import InputError
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.patch_autoencoder import (
     PatchAutoencoder,
     PatchAutoencoderConfig,
@@ -31,7 +32,7 @@ def test_patches_round_trip():
 
 def test_fit_gives_white_latents_and_good_pictures():
     pictures = smooth_pictures(np.random.default_rng(1))
-    net = PatchAutoencoder(PatchAutoencoderConfig.nano(), rngs=nnx.Rngs(0))
+    net = PatchAutoencoder(PatchAutoencoderConfig.nano(), rngs=Keys(0))
     net.fit(pictures)
     latent, _ = net.encode(pictures)
     np.testing.assert_allclose(np.std(latent, axis=(0, 1, 2)), 1, atol=0.05)
@@ -44,7 +45,7 @@ def test_neighbours_help():
     pictures = smooth_pictures(np.random.default_rng(4))
     errors = []
     for reach in (0, 1):
-        net = PatchAutoencoder(PatchAutoencoderConfig(reach=reach), rngs=nnx.Rngs(0))
+        net = PatchAutoencoder(PatchAutoencoderConfig(reach=reach), rngs=Keys(0))
         net.fit(pictures)
         errors.append(float(np.mean((net.decode(net.encode(pictures)[0]) - pictures) ** 2)))
     assert errors[1] < errors[0]
@@ -52,7 +53,7 @@ def test_neighbours_help():
 
 def test_all_channels_reconstruct_exactly():
     pictures = smooth_pictures(np.random.default_rng(2), size=48)
-    net = PatchAutoencoder(PatchAutoencoderConfig(latent_channels=48, reach=0), rngs=nnx.Rngs(0))
+    net = PatchAutoencoder(PatchAutoencoderConfig(latent_channels=48, reach=0), rngs=Keys(0))
     net.fit(pictures)
     with jax.default_matmul_precision("highest"):
         np.testing.assert_allclose(net.decode(net.encode(pictures)[0]), pictures, atol=1e-3)
@@ -60,8 +61,8 @@ def test_all_channels_reconstruct_exactly():
 
 def test_the_robust_encoder_starts_as_the_plain_one_and_takes_any_grid():
     config = PatchAutoencoderConfig.tiny()
-    robust = PatchEncoder(config, rngs=nnx.Rngs(0))
-    plain = PatchEncoder(dataclasses.replace(config, widths=(), depths=()), rngs=nnx.Rngs(1))
+    robust = PatchEncoder(config, rngs=Keys(0))
+    plain = PatchEncoder(dataclasses.replace(config, widths=(), depths=()), rngs=Keys(1))
     nnx.update(plain.project, nnx.state(robust.project))
     image = jnp.asarray(smooth_pictures(np.random.default_rng(3), 1, 32))[:, :28, :20]  # a 7 x 5 grid
     np.testing.assert_array_equal(robust(image)[0], plain(image)[0])

@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from dpir_jax.errors import InputError
-from dpir_jax.models.layers import conv
+from dpir_jax.models.layers import Keys, conv
 from dpir_jax.models.placement import constrain, use_placement
 from dpir_jax.models.precision import MIXED
 from dpir_jax.parallel.mesh import MeshConfig, make_mesh
@@ -99,7 +98,7 @@ def test_every_preset_trains_as_one_device(name, alone):
 def test_a_convolution_is_not_cut_by_rows():
     """The compiler would do so where its result is cut by tokens, and would add the gradient up too often."""
     mesh = make_mesh(MeshConfig(1, 2, tensor=2, context=2))
-    net = conv(4, 8, 3, padding=1, rngs=nnx.Rngs(0))
+    net = conv(4, 8, 3, padding=1, rngs=Keys(0))
     pictures = latents()["latent"]
 
     def loss(net, pictures):

@@ -10,6 +10,7 @@ from convert_weights.engine import export, load_into
 from convert_weights.ram import rules
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import use_attention_backend
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.precision import BFLOAT16, FLOAT32
 from dpir_jax.models.ram import DEVIATION, MEAN, RAM, RAMConfig, asymmetric_loss, ram_preprocess
 from dpir_jax.models.swin import HIDDEN, Swin, SwinConfig, relative_index, shift_bias
@@ -20,13 +21,13 @@ KINDS = {"ram": TINY, "ram_plus": dataclasses.replace(TINY, descriptions=3), "da
 
 
 def make(config, precision=FLOAT32):
-    return lambda: RAM(config, rngs=nnx.Rngs(0), precision=precision)
+    return lambda: RAM(config, rngs=Keys(0), precision=precision)
 
 
 def test_published_sizes():
     ram, plus, dape = RAMConfig.ram(), RAMConfig.ram_plus(), RAMConfig.dape()
     swin, head = 195_198_516, 13_389_312
-    assert parameter_count(lambda: Swin(SwinConfig.large_384(), rngs=nnx.Rngs(0))) == swin
+    assert parameter_count(lambda: Swin(SwinConfig.large_384(), rngs=Keys(0))) == swin
     assert ram.swin.tokens == 145
     rest = 786_944 + 393_984 + 769  # image_proj, wordvec_proj, fc
     assert parameter_count(make(ram)) == swin + head + rest + 4585 * 512
@@ -71,7 +72,7 @@ def test_windows():
 
 def test_a_shifted_block_sees_across_windows_and_not_around_the_edge():
     config = SwinConfig.tiny()
-    net = random_network(lambda: Swin(config, rngs=nnx.Rngs(0)))
+    net = random_network(lambda: Swin(config, rngs=Keys(0)))
     pair = jax.tree.map(lambda leaf: leaf[0], net.stages[0].blocks)
     x = jnp.zeros((1, 8, 8, 8)).at[0, 3, 3].set(jnp.arange(8.0))
     still = jnp.zeros((1, 8, 8, 8))

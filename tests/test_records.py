@@ -9,7 +9,6 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +23,7 @@ from dpir_jax.data.records import PhotoRecords, parse_example
 from dpir_jax.errors import InputError
 from dpir_jax.files import read_json
 from dpir_jax.models.attention import use_attention_backend
+from dpir_jax.models.layers import Keys
 from dpir_jax.precompute import open_photos, precompute
 from dpir_jax.systems.dpir import DPIR, DPIRConfig
 from dpir_jax.systems.dpir_folder import read_dpir, save_dpir
@@ -209,7 +209,7 @@ def test_impossible_settings(built, change, words):
 def model(tmp_path_factory):
     """A tiny DPIR with random weights, and a tokenizer of six words."""
     folder = tmp_path_factory.mktemp("model") / "tiny"
-    dpir = random_network(lambda: DPIR(DPIRConfig.tiny(), rngs=nnx.Rngs(0)))
+    dpir = random_network(lambda: DPIR(DPIRConfig.tiny(), rngs=Keys(0)))
     save_dpir(folder, dpir, description="tiny", restore={})
     vocabulary = {word: number for number, word in enumerate(("<pad>", "</s>", "<unk>", *WORDS))}
     words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))

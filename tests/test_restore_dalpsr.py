@@ -6,7 +6,6 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 from PIL import Image
 
 import dpir_jax
@@ -14,6 +13,7 @@ from dpir_jax import cli
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import use_attention_backend
 from dpir_jax.models.irpad import IRPAD, IRPADConfig
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.precision import FLOAT32
 from dpir_jax.restore import Restorer, compilation_cache
 from dpir_jax.restore import dalpsr as restore_dalpsr
@@ -117,7 +117,7 @@ def test_ddpm_starts_at_the_low_quality_latent(photo):
 
 
 def test_irpad_words_the_degradation(dalpsr, folder, photo, tmp_path, monkeypatch):
-    network = random_network(lambda: IRPAD(IRPADConfig.tiny(), rngs=nnx.Rngs(0)))
+    network = random_network(lambda: IRPAD(IRPADConfig.tiny(), rngs=Keys(0)))
     system = RestoringDaLPSR(dalpsr, network, WORDS)
     prompt = system.degradation(photo.astype(np.float32) / 255, None)
     assert prompt in [irpad.prompt(CONFIG, indices) for indices in np.ndindex(4, 4, 4)]
@@ -126,7 +126,7 @@ def test_irpad_words_the_degradation(dalpsr, folder, photo, tmp_path, monkeypatc
     monkeypatch.setattr(restore_dalpsr, "read_dalpsr", lambda *arguments: (dalpsr, WORDS))  # it takes long
     reader = save_irpad(tmp_path / "irpad", network, description="")
     assert restore_dalpsr.load_dalpsr(folder, {}, FLOAT32, reader).irpad is not None
-    other = random_network(lambda: IRPAD(dataclasses.replace(IRPADConfig.tiny(), intervals=3), rngs=nnx.Rngs(0)))
+    other = random_network(lambda: IRPAD(dataclasses.replace(IRPADConfig.tiny(), intervals=3), rngs=Keys(0)))
     save_irpad(tmp_path / "irpad", other, description="")
     with pytest.raises(InputError, match="words 3 intervals of blur, noise, jpeg"):
         restore_dalpsr.load_dalpsr(folder, {}, FLOAT32, reader)

@@ -12,6 +12,7 @@ from flax import nnx
 import dpir_jax
 from dpir_jax.errors import InputError
 from dpir_jax.models.clip import CLIPVisionConfig, clip_preprocess
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.mmdit import MMDiTConfig
 from dpir_jax.models.patch_autoencoder import PatchAutoencoderConfig
 from dpir_jax.restore import Restorer, compilation_cache
@@ -49,7 +50,7 @@ def tiny():
 @pytest.fixture(scope="module")
 def dpir():
     rng = np.random.default_rng(0)
-    abstract = nnx.eval_shape(lambda: DPIR(tiny(), rngs=nnx.Rngs(0)))  # no initialiser is compiled
+    abstract = nnx.eval_shape(lambda: DPIR(tiny(), rngs=Keys(0)))  # no initialiser is compiled
     system = jax.tree.map(lambda p: jnp.asarray(0.1 * rng.standard_normal(p.shape), p.dtype), abstract)
     system.residual_scale.set_value(jnp.array([0.5, 1.0, 2.0, 0.25]))
     return system

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
-from flax import nnx
 from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
 from transformers import T5Tokenizer
@@ -18,7 +17,7 @@ from dpir_jax import cli, load, model_folder
 from dpir_jax.errors import InputError
 from dpir_jax.files import read_json, sha256, write_json
 from dpir_jax.model_folder import new_folder, write_networks
-from dpir_jax.models.layers import pack, scan_blocks, stack, unpack
+from dpir_jax.models.layers import Keys, pack, scan_blocks, stack, unpack
 from dpir_jax.models.t5 import Block, T5Config
 from dpir_jax.restore import compilation_cache, models
 from dpir_jax.restore.stages import Resident, Staged
@@ -40,7 +39,7 @@ def folder(tmp_path_factory):
     """A tiny DPIR in bfloat16 with T5's tokenizer as `save_pretrained` writes it: special tokens, a space, letters."""
     out = tmp_path_factory.mktemp("models") / "dpir-tiny"
     config = DPIRConfig.tiny()
-    net = random_network(lambda: DPIR(config, rngs=nnx.Rngs(0)))
+    net = random_network(lambda: DPIR(config, rngs=Keys(0)))
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -1.0), *((letter, -2.0) for letter in LETTERS)]
     with new_folder(out) as path:
         about = {"system": "dpir", "description": "tiny", "config": to_json(config)}
@@ -225,7 +224,7 @@ def test_a_tokenizer_that_is_only_a_sentencepiece_model(tmp_path):
 
 def test_packed_blocks_are_the_same_blocks_without_a_wide_copy():
     config = T5Config.tiny()
-    make = lambda: stack(lambda rngs: Block(config, rngs=rngs), 3, nnx.Rngs(0))  # noqa: E731
+    make = lambda: stack(lambda rngs: Block(config, rngs=rngs), 3, Keys(0))  # noqa: E731
     blocks = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_network(make))
     packed = jax.tree.map(pack, blocks)
     assert {leaf.dtype for leaf in jax.tree.leaves(packed)} == {jnp.dtype("uint16")}

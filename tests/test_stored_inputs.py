@@ -11,6 +11,7 @@ from flax import nnx
 
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import use_attention_backend
+from dpir_jax.models.layers import Keys
 from dpir_jax.systems.dpir import DPIR, DPIRConfig
 from dpir_jax.systems.dpir_folder import save_dpir
 from dpir_jax.training import dpir_tasks
@@ -26,7 +27,7 @@ BATCH = {"hq": HQ, "box": np.zeros((2, 2), np.int32)}
 
 @pytest.fixture(scope="module")
 def system():
-    system = random_weights(lambda: DPIR(CONFIG, rngs=nnx.Rngs(0)), 0)
+    system = random_weights(lambda: DPIR(CONFIG, rngs=Keys(0)), 0)
     system.residual_scale.set_value(jnp.ones(CONFIG.mmdit.in_channels))
     return system
 

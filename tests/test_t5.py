@@ -7,13 +7,14 @@ from flax import nnx
 from convert_weights.engine import export, load_into
 from convert_weights.t5 import RULES, config
 from dpir_jax.errors import InputError
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.precision import BFLOAT16, FLOAT32
 from dpir_jax.models.t5 import T5Config, T5Encoder, relative_buckets
 from tests.networks import assert_same_tensors, check_axes, parameter_count, published_keys, random_network
 
 
 def make(config, precision=FLOAT32):
-    return lambda: T5Encoder(config, rngs=nnx.Rngs(0), precision=precision)
+    return lambda: T5Encoder(config, rngs=Keys(0), precision=precision)
 
 
 TINY = make(T5Config.tiny())

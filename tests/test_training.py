@@ -12,6 +12,7 @@ from PIL import Image
 from dpir_jax.cli import main
 from dpir_jax.errors import InputError
 from dpir_jax.model_folder import load_network
+from dpir_jax.models.layers import Keys
 from dpir_jax.parallel.mesh import make_mesh
 from dpir_jax.training.config import Recipe, TrainConfig, load_recipe
 from dpir_jax.training.logging import truncate, write_sheet
@@ -183,7 +184,7 @@ def test_train_and_export_by_command(tmp_path, capsys):
 
     for raw in (False, True):
         assert main(["export", "--workdir", str(run), "--out", str(model), *["--raw"] * raw]) == 0
-        net = load_network(model, "net", nnx.eval_shape(lambda: Net(16, rngs=nnx.Rngs(0))))
+        net = load_network(model, "net", nnx.eval_shape(lambda: Net(16, rngs=Keys(0))))
         norm = float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(net))))
         assert (abs(norm - lines[-1]["param_norm"]) < 1e-4) is raw  # the norm of the last weights, not of the average
 

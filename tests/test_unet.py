@@ -9,6 +9,7 @@ from convert_weights.unet import UNET_RULES, controlnet_config, controlnet_rules
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import use_attention_backend
 from dpir_jax.models.controlnet import ControlNet, ControlNetConfig, start_from
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.precision import BFLOAT16, FLOAT32
 from dpir_jax.models.unet import UNet, UNetConfig, enlarged
 from tests.networks import assert_same_tensors, check_axes, published_keys, quick_jit, random_network
@@ -25,11 +26,11 @@ PUBLISHED = {
 
 
 def unet(config=TINY, precision=FLOAT32):
-    return lambda: UNet(config, rngs=nnx.Rngs(0), precision=precision)
+    return lambda: UNet(config, rngs=Keys(0), precision=precision)
 
 
 def controlnet(config=TINY_CONTROL):
-    return lambda: ControlNet(config, rngs=nnx.Rngs(0))
+    return lambda: ControlNet(config, rngs=Keys(0))
 
 
 def inputs(seed=0):
@@ -99,7 +100,7 @@ def test_control_reaches_every_state():
 
 
 def test_an_untrained_controlnet_adds_nothing():
-    make = lambda: ControlNet(TINY_CONTROL, rngs=nnx.Rngs(0))  # noqa: E731
+    make = lambda: ControlNet(TINY_CONTROL, rngs=Keys(0))  # noqa: E731
     last = jax.jit(
         lambda: [nnx.state(part) for net in [make()] for part in (net.out, net.middle_out, net.hint.conv_out)]
     )

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from dpir_jax.model_folder import save_networks
-from dpir_jax.models.layers import conv, dense, scan_blocks, stack
+from dpir_jax.models.layers import Keys, conv, dense, scan_blocks, stack
 
 
 class Block(nnx.Module):
@@ -72,9 +72,7 @@ class ToyTask:
         return nnx.PathContains("critic") if self.adversarial else None
 
     def init(self, key):
-        return random_weights(
-            lambda: Toy(self.width, rngs=nnx.Rngs(0)), jax.random.bits(key) % 1000, teacher=self.teacher
-        )
+        return random_weights(lambda: Toy(self.width, rngs=Keys(0)), jax.random.bits(key) % 1000, teacher=self.teacher)
 
     def restored(self, model, batch, key):
         hq = batch["image"]

@@ -22,6 +22,7 @@ from PIL import Image
 from dpir_jax import model_folder
 from dpir_jax.errors import InputError
 from dpir_jax.models.clip import DEVIATION, MEAN, CLIPVisionConfig
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.llama import Decoding, LlamaConfig
 from dpir_jax.models.llava import Llava, LlavaConfig
 from dpir_jax.models.precision import Precision
@@ -245,5 +246,5 @@ def _read(folder: Path, name: str, kind: type, network: type, precision: Precisi
     config = from_json(entry.get("config"), CONFIGS)
     if not isinstance(config, kind):
         raise InputError(f"{folder / 'config.json'} holds no {kind.__name__} for {name}")
-    abstract = nnx.eval_shape(lambda: network(config, rngs=nnx.Rngs(0), precision=precision))
+    abstract = nnx.eval_shape(lambda: network(config, rngs=Keys(0), precision=precision))
     return model_folder.load_network(folder, name, abstract)

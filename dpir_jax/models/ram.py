@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import attention
-from dpir_jax.models.layers import dense, layer_norm, scan_blocks, stack
+from dpir_jax.models.layers import Keys, dense, layer_norm, scan_blocks, stack
 from dpir_jax.models.lora import LoRA, merge
 from dpir_jax.models.precision import FLOAT32, Precision
 from dpir_jax.models.swin import Swin, SwinConfig
@@ -168,7 +168,7 @@ class RAM(nnx.Module):
 
     def merged(self) -> "RAM":
         """The same network with its adaptation in the kernels."""
-        plain = nnx.eval_shape(lambda: RAM(self.config.adapted(0), rngs=nnx.Rngs(0)))
+        plain = nnx.eval_shape(lambda: RAM(self.config.adapted(0), rngs=Keys(0)))
         return merge(self, plain)
 
 

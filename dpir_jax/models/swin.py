@@ -121,17 +121,19 @@ class Block(nnx.Module):
         self.fc2 = dense(MLP_RATIO * width, width, "fd", **make)
 
     def __call__(self, x: Grid, shifted: bool) -> Grid:
-        batch, grid = x.shape[:2]
+        grid = x.shape[1]
         w, shift = self.window, self.window // 2 if shifted and grid > self.window else 0
         y = jnp.roll(self.norm1(x), (-shift, -shift), (1, 2))
-        y = rearrange(y, "b (y i) (x j) c -> (b y x) (i j) c", i=w, j=w)
+        y = rearrange(y, "b (y i) (x j) c -> b (y x) (i j) c", i=w, j=w)
         qkv = self.qkv(y) if self.qkv_lora is None else self.qkv(y) + self.qkv_lora(y)
-        q, k, v = (part.reshape(*part.shape[:2], self.heads, -1) for part in jnp.split(qkv, 3, axis=-1))
-        bias = jnp.moveaxis(self.bias_table[...][relative_index(w)], -1, 0)[None]  # [1, heads, w^2, w^2]
-        if shift:
-            bias = jnp.tile(bias + shift_bias(grid, w)[:, None], (batch, 1, 1, 1))
-        y = self.proj(attention(q, k, v, bias=bias).reshape(y.shape))
-        y = rearrange(y, "(b y x) (i j) c -> b (y i) (x j) c", b=batch, y=grid // w, i=w, j=w)
+        q, k, v = (  # a window is to its tokens what a head is
+            rearrange(part, "b n t (h k) -> b t (n h) k", h=self.heads) for part in jnp.split(qkv, 3, axis=-1)
+        )
+        bias = jnp.moveaxis(self.bias_table[...][relative_index(w)], -1, 0)  # [heads, w^2, w^2]
+        between = shift_bias(grid, w) if shift else np.zeros((y.shape[1], 1, 1), np.float32)
+        bias = rearrange(between[:, None] + bias, "n h q l -> (n h) q l")
+        y = rearrange(attention(q, k, v, bias=bias), "b t (n h) k -> b n t (h k)", h=self.heads)
+        y = rearrange(self.proj(y), "b (y x) (i j) c -> b (y i) (x j) c", y=grid // w, i=w)
         x = x + jnp.roll(y, (shift, shift), (1, 2))
         return x + self.fc2(jax.nn.gelu(self.fc1(self.norm2(x)), approximate=False))
 

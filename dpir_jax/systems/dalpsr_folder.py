@@ -23,6 +23,7 @@ from dpir_jax.errors import InputError
 from dpir_jax.models.autoencoder import AutoencoderConfig
 from dpir_jax.models.clip import CLIPTextConfig, CLIPVisionConfig
 from dpir_jax.models.controlnet import ControlNetConfig
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.patch_autoencoder import PatchAutoencoderConfig
 from dpir_jax.models.precision import FLOAT32, Precision
 from dpir_jax.models.ram import RAMConfig
@@ -94,7 +95,7 @@ def read_dalpsr(folder: Path, config: Mapping[str, Any], precision: Precision = 
     if not isinstance(settings, DaLPSRConfig):
         raise InputError(f"{folder / 'config.json'} holds no DaLPSRConfig under 'config'")
     abstract = {
-        name: nnx.eval_shape(lambda make=make: make(nnx.Rngs(0))) for name, make in makers(settings, precision).items()
+        name: nnx.eval_shape(lambda make=make: make(Keys(0))) for name, make in makers(settings, precision).items()
     }
     networks = {name: model_folder.load_network(folder, name, network) for name, network in abstract.items()}
     dalpsr = DaLPSR(settings, networks=networks)

@@ -21,6 +21,7 @@ from dpir_jax import model_folder
 from dpir_jax.errors import InputError
 from dpir_jax.models.autoencoder import AutoencoderConfig
 from dpir_jax.models.clip import CLIPVisionConfig
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.mmdit import LQBranchConfig, MMDiTConfig
 from dpir_jax.models.patch_autoencoder import PatchAutoencoderConfig
 from dpir_jax.models.precision import FLOAT32, Precision
@@ -89,7 +90,7 @@ def abstract_dpir(
         raise InputError(f"{folder / 'config.json'} holds no DPIRConfig under 'config'")
     if not text:
         settings = dataclasses.replace(settings, t5=None)
-    dpir = nnx.eval_shape(lambda: DPIR(settings, rngs=nnx.Rngs(0), precision=precision))
+    dpir = nnx.eval_shape(lambda: DPIR(settings, rngs=Keys(0), precision=precision))
     scale = np.asarray(config.get("residual_scale", [1.0] * settings.mmdit.in_channels), np.float32)
     if scale.shape != (settings.mmdit.in_channels,):
         raise InputError(f"residual_scale in {folder / 'config.json'} must have {settings.mmdit.in_channels} numbers")

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int
 from dpir_jax import model_folder
 from dpir_jax.errors import InputError
 from dpir_jax.models.irpad import BLOCK, IRPAD, MACROBLOCK, IRPADConfig, StatisticsConfig
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.precision import FLOAT32, Precision
 from dpir_jax.models.swin import SwinConfig
 from dpir_jax.systems.config_json import from_json, to_json
@@ -199,5 +200,5 @@ def read_irpad(folder: str | Path, precision: Precision = FLOAT32) -> IRPAD:
       InputError: not a folder of this system, or a file that is missing, damaged or does not fit.
     """
     settings = read_config(folder)
-    network = nnx.eval_shape(lambda: IRPAD(settings, rngs=nnx.Rngs(0), precision=precision))
+    network = nnx.eval_shape(lambda: IRPAD(settings, rngs=Keys(0), precision=precision))
     return model_folder.load_network(folder, "irpad", network)

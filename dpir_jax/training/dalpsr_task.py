@@ -12,6 +12,7 @@ good crop: how bright, how colourful and how detailed it is ("attributes").
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -32,7 +33,7 @@ from dpir_jax.diffusion.schedule import FlowSchedule, draw_time
 from dpir_jax.errors import InputError
 from dpir_jax.models.controlnet import start_from
 from dpir_jax.models.irpad import IRPAD
-from dpir_jax.models.layers import silence
+from dpir_jax.models.layers import Keys, silence
 from dpir_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from dpir_jax.models.ram import RAMConfig
 from dpir_jax.systems import irpad as irpad_system
@@ -48,6 +49,7 @@ from dpir_jax.training.dpir_tasks import (
     degrade_each,
     from_mapping,
     in_turn,
+    local_corners,
     picture_loss,
     sample_crops,
     upsample,
@@ -151,7 +153,8 @@ class DaLPSRTask:
       system: "nano", "sd2", "seesr" or "tiny". `objective`, `routing`: other than the system's own.
       init_from: a model folder; every network found in it is read. The autoencoder, E_dr, and what is frozen must be.
       train: "control" or "joint", see above. `mixed`: frozen networks in bfloat16, trained ones compute in it.
-      recipes: of the degradation, the batch split evenly among them; `scale`; `local_crop`: side of what is restored.
+      recipes: of the degradation, the batch split evenly among them; `scale`.
+      local_crop, crops: side and number of the crops that are cut from each degraded global picture.
       degradation: "oracle", "predicted" or "mix", with `predicted_share` of IRPAD's; `irpad`: its model folder.
       captions: "attributes", "files" (`captioned`) or "none".
       caption_dropout, degradation_dropout: how often, independently, a text gives way to none.
@@ -174,6 +177,7 @@ class DaLPSRTask:
     recipes: tuple[str, ...] = ("realesrgan", "light")
     scale: int = 4
     local_crop: int = 128
+    crops: int = 1
     degradation: Literal["oracle", "predicted", "mix"] = "oracle"
     predicted_share: float = 0.3
     irpad: str | None = None
@@ -282,11 +286,11 @@ class DaLPSRTask:
         """Ids of caption and degradation prompt, before any is dropped."""
         native, _, hq, labels = pairs
         if self.degradation != "oracle":
-            seen = self._predicted(model.irpad, native)
+            seen = jnp.repeat(self._predicted(model.irpad, native), self.crops, 0)
             mixed = jax.random.uniform(keys[0], (len(hq), 1)) < self.predicted_share
             labels = seen if self.degradation == "predicted" else jnp.where(mixed, seen, labels)
         if self.captions == "files":
-            caption = batch["caption"]
+            caption = jnp.repeat(batch["caption"], self.crops, 0)
         elif self.captions == "attributes":
             caption = model.texts.captions[...][attributes(hq)]
         else:
@@ -329,7 +333,7 @@ class DaLPSRTask:
 
     def create(self, key: jax.Array) -> DaLPSRModel:
         """All networks with random weights, all texts empty."""
-        config, rngs = self.config, nnx.Rngs(key)
+        config, rngs = self.config, Keys(key)
 
         def precision(name: str) -> Precision:
             trained = name in self._fresh or name == "image_encoder"
@@ -353,7 +357,8 @@ class DaLPSRTask:
         if "controlnet" not in found and "unet" in found:
             system.controlnet = start_from(system.controlnet, system.unet)
         if config.flow == "residual":
-            hq = jnp.asarray(sample_crops(self.photos, 128, self.local_crop, seed=1))
+            side = self.local_crop * min(self.crops, 2)  # with room around, as the crops have it
+            hq = jnp.asarray(sample_crops(self.photos, 128, side, seed=1))
             system.residual_scale.set_value(jax.jit(self._residual_rms)(system, hq, jax.random.key(1)))
         model.texts = self.texts()
         if self.degradation != "oracle":
@@ -370,7 +375,9 @@ class DaLPSRTask:
     def _pairs(
         self, whole: Float[Array, "B H W 3"], corners: Int[Array, "B 2"] | None, key: jax.Array
     ) -> tuple[Float[Array, "B h w 3"], Float[Array, "B S S 3"], Float[Array, "B S S 3"], Int[Array, "B types"]]:
-        """(photos as they come, the same at the target size, originals, intervals) of the local crops."""
+        """(whole photos as they come; of the local crops: the same at the target size, originals, intervals).
+
+        Without `corners` of local crops the whole pictures are taken."""
         native, lq, labels = [], [], []
         for i, (name, part) in enumerate(zip(self.recipes, jnp.array_split(whole, len(self.recipes)))):
             recipe = Recipe.named(name, scale=self.scale)
@@ -379,9 +386,13 @@ class DaLPSRTask:
             lq.append(upsample(low, self.scale))
             labels.append(interval(severities(plan, self.config.types), self.config.intervals))
         native, lq, labels = map(jnp.concatenate, (native, lq, labels))
-        if corners is not None and whole.shape[1] > self.local_crop:
-            lq, whole = (cut_boxes(pictures, corners, self.local_crop) for pictures in (lq, whole))
-        return native, lq, whole, labels
+        spare = whole.shape[1] - self.local_crop
+        if corners is None or (self.crops, spare) == (1, 0):
+            return native, lq, whole, labels
+        step = math.lcm(self.scale, self.config.latent_factor)
+        corners = local_corners(jax.random.fold_in(key, len(self.recipes)), corners, self.crops, spare, step)
+        lq, whole, labels = (jnp.repeat(part, self.crops, 0) for part in (lq, whole, labels))
+        return native, *(cut_boxes(pictures, corners, self.local_crop) for pictures in (lq, whole)), labels
 
     # --- loss --------------------------------------------------------------------------------------------------------
 

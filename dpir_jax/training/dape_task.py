@@ -19,6 +19,7 @@ from jaxtyping import Array
 from dpir_jax import model_folder
 from dpir_jax.degradation import Recipe
 from dpir_jax.errors import InputError
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.ram import RAM, RAMConfig, dape_losses, ram_preprocess
 from dpir_jax.systems.config_json import to_json
 from dpir_jax.training.dpir_tasks import as_float, degrade_each, from_mapping, upsample
@@ -79,10 +80,8 @@ class DAPETask:
     def init(self, key: jax.Array) -> DAPEModel:
         """RAM twice; the student's LoRA adds nothing yet."""
         plain = self.config.adapted(0)
-        teacher = model_folder.load_network(
-            self.init_from, NETWORK, nnx.eval_shape(lambda: RAM(plain, rngs=nnx.Rngs(0)))
-        )
-        student = RAM(self.config, rngs=nnx.Rngs(key))
+        teacher = model_folder.load_network(self.init_from, NETWORK, nnx.eval_shape(lambda: RAM(plain, rngs=Keys(0))))
+        student = RAM(self.config, rngs=Keys(key))
         known = dict(nnx.to_flat_state(nnx.state(teacher)))
         graphdef, state = nnx.split(student)
         flat = [

@@ -32,7 +32,7 @@ from dpir_jax.metrics.lpips import LPIPS
 from dpir_jax.metrics.trunks import MetricWeight
 from dpir_jax.models.autoencoder import Autoencoder, Encoder
 from dpir_jax.models.clip import clip_preprocess
-from dpir_jax.models.layers import silence
+from dpir_jax.models.layers import Keys, silence
 from dpir_jax.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PatchEncoder
 from dpir_jax.models.placement import per_sample
 from dpir_jax.models.precision import FLOAT32, MIXED, Precision
@@ -148,8 +148,13 @@ def speck_loss(image: Float[Array, "B H W 3"], hq: Float[Array, "B H W 3"], floo
         size = (1, 2 * reach + 1, 2 * reach + 1, 1)
         return jax.lax.reduce_window(x, start, combine, size, (1, 1, 1, 1), "SAME")
 
+    def inside(length: int, reach: int) -> np.ndarray:
+        place = np.arange(length)  # a window of ones would be counted by XLA while it compiles, for minutes
+        return np.minimum(place, reach) + np.minimum(place[::-1], reach) + 1
+
     ours, theirs = jnp.abs(fine_structure(image)), jnp.abs(fine_structure(jax.lax.stop_gradient(hq)))
-    power = window(jnp.square(theirs), 6, 0.0, jax.lax.add) / window(jnp.ones_like(theirs), 6, 0.0, jax.lax.add)
+    counts = np.outer(*(inside(length, 6) for length in hq.shape[1:3]))[..., None].astype(np.float32)
+    power = window(jnp.square(theirs), 6, 0.0, jax.lax.add) / counts
     limit = window(theirs, 4, -jnp.inf, jax.lax.max)
     return jnp.mean(jnp.square(jax.nn.relu(ours - limit) / (jnp.sqrt(power) + floor)))
 
@@ -347,7 +352,7 @@ class EncoderTask:
 
     def init(self, key: jax.Array) -> EncoderModel:
         """Fits the patch transform in closed form or reads `init_from`'s autoencoder; E_dr starts as its encoder."""
-        model = EncoderModel(self.config, self.picture, rngs=nnx.Rngs(key))
+        model = EncoderModel(self.config, self.picture, rngs=Keys(key))
         if self.init_from:
             model.autoencoder = model_folder.load_network(self.init_from, "autoencoder", model.autoencoder)
         elif isinstance(self.config.autoencoder, PatchAutoencoderConfig):
@@ -536,7 +541,7 @@ class DiTTask:
 
     def create(self, key: jax.Array) -> DiTModel:
         """All networks with random weights."""
-        return DiTModel(self.config, self.picture, rngs=nnx.Rngs(key), precision=self._precision)
+        return DiTModel(self.config, self.picture, rngs=Keys(key), precision=self._precision)
 
     def load(self, model: DiTModel) -> DiTModel:
         """Reads stage 1's networks and measures the residual's scale, or reads a whole system to go on with."""

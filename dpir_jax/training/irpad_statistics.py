@@ -26,6 +26,7 @@ from dpir_jax.data.pipeline import BatchIterator, DataConfig, make_dataset
 from dpir_jax.errors import InputError
 from dpir_jax.files import atomic_path
 from dpir_jax.models.irpad import IRPAD, StatisticsConfig
+from dpir_jax.models.layers import Keys
 from dpir_jax.training.irpad_task import IRPADTask, repeated
 
 AT_ONCE = 24  # photos degraded together
@@ -135,7 +136,7 @@ def _draw(task: IRPADTask, photos: BatchIterator, part: str, number: int, seed: 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _statistics(task: IRPADTask, part: str, batch: dict[str, jax.Array], key: jax.Array) -> tuple[jax.Array, jax.Array]:
     looks, severity = task.degraded(batch, key)[part]
-    encoder = nnx.eval_shape(lambda: IRPAD(task.config, rngs=nnx.Rngs(0))).encoder  # its statistics need no weights
+    encoder = nnx.eval_shape(lambda: IRPAD(task.config, rngs=Keys(0))).encoder  # its statistics need no weights
     statistics = jax.lax.map(encoder.statistics, looks)  # one photo at a time stays in the cache: half the time
     return repeated(statistics, task.config.looks).astype(jnp.float16), severity
 

@@ -29,6 +29,7 @@ from dpir_jax.degradation import Recipe, degrade, interval, severities
 from dpir_jax.degradation.jpeg import TABLES
 from dpir_jax.errors import InputError
 from dpir_jax.models.irpad import IRPAD, IRPADConfig
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.ram import RAM, RAMConfig
 from dpir_jax.models.swin import SwinConfig
 from dpir_jax.systems.config_json import from_json
@@ -112,7 +113,7 @@ class IRPADTask:
 
     def init(self, key: jax.Array) -> IRPAD:
         """Random weights, or RAM's where there are any."""
-        network = IRPAD(self.config, rngs=nnx.Rngs(key))
+        network = IRPAD(self.config, rngs=Keys(key))
         if self.init_from:
             take_over(network, self.init_from)
         if self.statistics and (drawn := sorted(Path(self.statistics).glob("*.safetensors"))):
@@ -224,7 +225,7 @@ def take_over(network: IRPAD, folder: str | Path) -> None:
     settings = from_json(model_folder.read_config(folder).get("config"), classes)
     if not isinstance(settings, RAMConfig):
         raise InputError(f"{folder} holds no RAMConfig under 'config' in its config.json")
-    ram = model_folder.load_network(folder, "ram", nnx.eval_shape(lambda: RAM(settings, rngs=nnx.Rngs(0))))
+    ram = model_folder.load_network(folder, "ram", nnx.eval_shape(lambda: RAM(settings, rngs=Keys(0))))
     ours = ((network.encoder, ("visual_encoder", "image_proj")), (network, ("wordvec_proj", "blocks", "fc")))
     for owner, names in ours:
         for name in names:

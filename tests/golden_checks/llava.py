@@ -8,6 +8,7 @@ from flax import nnx
 from convert_weights.engine import export, load_into
 from convert_weights.llava import config as llava_config
 from convert_weights.llava import rules
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.llama import Cache, Decoding
 from dpir_jax.models.llava import Llava
 from tests.fixtures import Fixture, nhwc
@@ -20,7 +21,7 @@ def _ids(fixture: Fixture, name: str) -> jax.Array:
 
 def check_llava(fixture: Fixture) -> None:
     config, tensors = llava_config(fixture.config), fixture.weights()
-    make = lambda: Llava(config, rngs=nnx.Rngs(0))  # noqa: E731
+    make = lambda: Llava(config, rngs=Keys(0))  # noqa: E731
     net = load_into(nnx.eval_shape(make), tensors, rules(config))
     assert_same_tensors(export(net, rules(config)), tensors)
     new_names = {fixture.meta["checkpoint_keys"][key]: tensor for key, tensor in tensors.items()}

@@ -8,6 +8,7 @@ from flax import nnx
 from convert_weights import mmdit as table
 from convert_weights.engine import export, load_into
 from dpir_jax.models.embeddings import position_table
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.mmdit import LQBranchConfig, MMDiT, MMDiTConfig, align
 from tests.fixtures import Fixture, nhwc
 
@@ -37,7 +38,7 @@ def config_of(published: dict) -> MMDiTConfig:
 
 def load(fixture: Fixture) -> MMDiT:
     config, weights = config_of(fixture.config), fixture.weights()
-    net = nnx.eval_shape(lambda: MMDiT(config, rngs=nnx.Rngs(0)))
+    net = nnx.eval_shape(lambda: MMDiT(config, rngs=Keys(0)))
     net = load_into(net, weights, table.rules(config))
     if (stored := weights.pop("pos_embed.pos_embed", None)) is not None:
         size, base = config.pos_embed_max_size, config.sample_size // config.patch_size

@@ -9,7 +9,7 @@ from flax import nnx
 
 from convert_weights.engine import export, load_into
 from convert_weights.ram import rules
-from dpir_jax.models.layers import scan_blocks
+from dpir_jax.models.layers import Keys, scan_blocks
 from dpir_jax.models.ram import RAM, RAMConfig, asymmetric_loss, dape_losses, distillation_loss
 from dpir_jax.models.swin import SwinConfig
 from tests.fixtures import Fixture, nhwc
@@ -41,7 +41,7 @@ def _load(config: RAMConfig, tensors: dict[str, np.ndarray]) -> RAM:
     """The network, from which all tensors that it reads come back bit for bit."""
     if "reweight_scale" in tensors:  # a vector of one in the fixture, a number in the published file
         tensors["reweight_scale"] = tensors["reweight_scale"].reshape(())
-    net = load_into(nnx.eval_shape(lambda: RAM(config, rngs=nnx.Rngs(0))), tensors, rules(config))
+    net = load_into(nnx.eval_shape(lambda: RAM(config, rngs=Keys(0))), tensors, rules(config))
     exported = export(net, rules(config))
     assert_same_tensors(exported, {key: tensors[key] for key in exported})
     return net

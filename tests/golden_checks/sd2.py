@@ -11,6 +11,7 @@ from convert_weights import unet as weights
 from convert_weights.engine import Rule, conv, export, load_into
 from dpir_jax.models import layers
 from dpir_jax.models.controlnet import ControlNet, guess_strengths
+from dpir_jax.models.layers import Keys
 from dpir_jax.models.unet import Conditions, Control, ResidualBlock, Transformer, Trunk, UNet, enlarged
 from tests.fixtures import Fixture, nhwc
 from tests.networks import assert_same_tensors, quick_jit, with_plain_attention
@@ -21,7 +22,7 @@ class Blocks(nnx.Module):
 
     def __init__(self, config: Mapping) -> None:
         inner, width, time, groups = (config[name] for name in ("cin", "cout", "temb", "g"))
-        rngs = nnx.Rngs(0)
+        rngs = Keys(0)
         self.resnet = ResidualBlock(inner, width, time, groups, rngs=rngs)
         self.resnet_same = ResidualBlock(width, width, time, groups, rngs=rngs)
         self.transformer = Transformer(width, config["heads"], config["ctx"], groups, rngs=rngs)
@@ -71,7 +72,7 @@ def check_blocks(fixture: Fixture) -> None:
 
 def check_unet(fixture: Fixture) -> None:
     config = weights.unet_config(fixture.config)
-    net = _load(lambda: UNet(config, rngs=nnx.Rngs(0)), fixture, weights.UNET_RULES)
+    net = _load(lambda: UNet(config, rngs=Keys(0)), fixture, weights.UNET_RULES)
     timestep, context, image_context = _common(fixture)
 
     @quick_jit
@@ -101,7 +102,7 @@ def check_unet(fixture: Fixture) -> None:
 def check_controlnet(fixture: Fixture) -> None:
     config = weights.controlnet_config(fixture.config)
     rules = weights.controlnet_rules(config)
-    net = _load(lambda: ControlNet(config, rngs=nnx.Rngs(0)), fixture, rules)
+    net = _load(lambda: ControlNet(config, rngs=Keys(0)), fixture, rules)
     timestep, context, image_context = _common(fixture)
 
     @quick_jit

@@ -13,7 +13,7 @@ from convert_weights import t5 as t5_weights
 from convert_weights.engine import Rule, export, load_into
 from dpir_jax.models.autoencoder import Autoencoder
 from dpir_jax.models.clip import CLIPText, CLIPVision
-from dpir_jax.models.layers import scan_blocks
+from dpir_jax.models.layers import Keys, scan_blocks
 from dpir_jax.models.t5 import T5Encoder
 from dpir_jax.restore.tiled_vae import tiled_decode, tiled_encode
 from tests.fixtures import Fixture, nhwc
@@ -31,7 +31,7 @@ def _load(make: Callable[[], nnx.Module], fixture: Fixture, rules: tuple[Rule, .
 
 def check_autoencoder(fixture: Fixture) -> None:
     config = autoencoder_weights.config(fixture.config)
-    net = _load(lambda: Autoencoder(config, rngs=nnx.Rngs(0)), fixture, autoencoder_weights.rules(config))
+    net = _load(lambda: Autoencoder(config, rngs=Keys(0)), fixture, autoencoder_weights.rules(config))
     tiling = fixture.meta["tiling"]
     for case in fixture.cases:
         given, expected = fixture.under(f"input/{case}"), fixture.under(f"output/{case}")
@@ -54,7 +54,7 @@ def _round_trip(net: Autoencoder, image: jax.Array, latent: jax.Array) -> tuple[
 
 def check_clip_vision(fixture: Fixture) -> None:
     config = clip_weights.vision_config(fixture.config)
-    net = _load(lambda: CLIPVision(config, rngs=nnx.Rngs(0)), fixture, clip_weights.VISION_RULES)
+    net = _load(lambda: CLIPVision(config, rngs=Keys(0)), fixture, clip_weights.VISION_RULES)
 
     @jax.jit
     def run(net: CLIPVision, pixels: jax.Array) -> dict[str, jax.Array]:
@@ -74,7 +74,7 @@ def check_clip_vision(fixture: Fixture) -> None:
 
 def check_clip_text(fixture: Fixture) -> None:
     config = clip_weights.text_config(fixture.config)
-    net = _load(lambda: CLIPText(config, rngs=nnx.Rngs(0)), fixture, clip_weights.TEXT_RULES)
+    net = _load(lambda: CLIPText(config, rngs=Keys(0)), fixture, clip_weights.TEXT_RULES)
     for case in fixture.cases:
         out = jax.jit(lambda net, ids: net(ids))(net, fixture[f"input/{case}/input_ids"].astype(np.int32))
         got = {
@@ -87,7 +87,7 @@ def check_clip_text(fixture: Fixture) -> None:
 
 def check_t5(fixture: Fixture) -> None:
     config = t5_weights.config(fixture.config)
-    net = _load(lambda: T5Encoder(config, rngs=nnx.Rngs(0)), fixture, t5_weights.RULES)
+    net = _load(lambda: T5Encoder(config, rngs=Keys(0)), fixture, t5_weights.RULES)
     run = jax.jit(lambda net, ids, mask: net(ids, mask))
     for case in fixture.cases:
         given = fixture.under(f"input/{case}")
