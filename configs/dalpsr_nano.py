@@ -8,10 +8,10 @@
 start the system is D(E_dr(x)): the last layer is zero and the flow runs on the residual. Degradation prompts are oracle
 ones, worded from the drawn degradation and dropped one time in ten, so that the UNet learns to believe them. The recipe
 `first_order` is the one of which the prompt is the whole truth. The perceptual losses need the VGG16 weights
-(docs/weights.md).
+(docs/metrics.md).
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 PHOTOS = ("../shared/photos/train",)
 
@@ -41,11 +41,11 @@ def get_config() -> ConfigDict:
     config.task.caption_dropout, config.task.degradation_dropout = 0.5, 0.1
     config.task.flow_weight, config.task.start_share = 0.1, 0.8
     config.task.local_crop, config.task.crops = 128, 3
-    config.task.photos = PHOTOS
     config.task.description = "DaLPSR at a small size, for photos x4 on a CPU"
     config.task.restore = {"steps": 1, "guidance": 1.0}
     config.task.reader = "irpad-nano"
-    config.data = ConfigDict({"folders": PHOTOS, "local_crop": 128, "global_crop": 320})
+    config.data = ConfigDict({"local_crop": 128, "global_crop": 320})
+    config.data.folders = config.task.photos = FieldReference(PHOTOS)
     config.data.by_area, config.data.flips, config.data.rotations = True, True, True
     config.data.scale_jitter_prob = 0.3
     return config

@@ -17,11 +17,11 @@
         `dit` of the embedded model began with such an E_dr (`--config.task.encoder_from=runs/control/model`)
 
 (Each command on one line.) Data: folders of photographs (`--config.data.folders='("photos/train", "more")'`). The
-perceptual losses need the VGG16 weights (`--config.task.picture.weights=FOLDER`; docs/weights.md says where they come
+perceptual losses need the VGG16 weights (`--config.task.picture.weights=FOLDER`; docs/metrics.md says where they come
 from). Expected scores, and how the embedded weights came about: dpir_jax/pretrained/dpir-nano/README.md.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict, FieldReference, config_dict
 
 PHOTOS = ("../shared/photos/train",)
 
@@ -66,8 +66,8 @@ def get_config(stage: str = "encoder") -> ConfigDict:
         config.task.start_share, config.task.rollout_share = 0.85, 0.0
         config.task.encoder_from = config_dict.placeholder(str)
         config.task.silent_start, config.task.train_encoder = True, True
-    config.task.photos = PHOTOS
-    config.data = ConfigDict({"folders": PHOTOS, "local_crop": 128, "global_crop": 320})
+    config.data = ConfigDict({"local_crop": 128, "global_crop": 320})
+    config.data.folders = config.task.photos = FieldReference(PHOTOS)
     config.data.by_area, config.data.flips, config.data.rotations = True, True, True
     config.data.scale_jitter_prob = 0.3
     return config
