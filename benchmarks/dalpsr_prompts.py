@@ -11,15 +11,14 @@ Prints mean PSNR-Y, LPIPS-alex and DISTS per recipe and prompt.
 import argparse
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
+
+from nano_quality import make_pairs, measure
 
 import dpir_jax
 
 INTERVALS = ("0~0.25", "0.25~0.5", "0.5~0.75", "0.75~1")
 KINDS = ("predicted", "wrong", "none", "fixed")
-METRICS = "psnr_y,lpips_alex,dists"
 
 
 def other(prompt: str, further: int) -> str:
@@ -32,18 +31,6 @@ def prompts(predicted: str) -> dict[str, str]:
     """Every kind of prompt for a photo."""
     fixed = re.sub(r"[0-9.]+~[0-9.]+", INTERVALS[1], predicted)
     return dict(zip(KINDS, (predicted, other(predicted, 2), "", fixed)))
-
-
-def dpir(*arguments: object, check: bool = True) -> None:
-    """Runs one `dpir` command; a failure ends the benchmark, unless it need not `check`."""
-    subprocess.run([sys.executable, "-m", "dpir_jax", *map(str, arguments)], check=check, stdout=subprocess.DEVNULL)
-
-
-def measure(restored: Path, reference: Path) -> dict:
-    """All of `dpir evaluate`."""
-    report = restored.with_suffix(".json")
-    dpir("evaluate", "--restored", restored, "--reference", reference, "--metrics", METRICS, "--json", report)
-    return json.loads(report.read_text())
 
 
 def main() -> None:
@@ -62,9 +49,7 @@ def main() -> None:
     print("| recipe | prompt | PSNR-Y | LPIPS-alex | DISTS |\n|---|---|---|---|---|")
     for recipe in arguments.recipes:
         pairs = arguments.out / recipe
-        if not (pairs / "parameters.json").exists():
-            options = ["--recipe", recipe, "--crop", arguments.crop, "--seed", 0]
-            dpir("degrade", arguments.photos, "--out", pairs, *options, check=False)  # names those that are too small
+        make_pairs(arguments.photos, pairs, recipe, arguments.crop)
         for index, photo in enumerate(sorted((pairs / "lq").glob("*.png"))):
             options = {"scale": 4, "steps": arguments.steps, "index": index}
             predicted = restorer(photo, **options)
@@ -74,7 +59,7 @@ def main() -> None:
                 result = predicted if same else restorer(photo, degradation_prompt=said[kind], **options)
                 result.save(arguments.out / f"{recipe}_{kind}" / photo.name)
         for kind in KINDS:
-            mean = measure(arguments.out / f"{recipe}_{kind}", pairs / "hq")["mean"]
+            mean = measure(arguments.out / f"{recipe}_{kind}", pairs / "hq")
             rows.append({"recipe": recipe, "prompt": kind} | mean)
             print(f"| {recipe} | {kind} | {mean['psnr_y']:.3f} | {mean['lpips_alex']:.4f} | {mean['dists']:.4f} |")
     if arguments.json:

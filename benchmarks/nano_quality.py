@@ -47,6 +47,16 @@ def bicubic(source: Path, out: Path, scale: int) -> None:
             photo.resize(size, Image.Resampling.BICUBIC).save(out / path.name)
 
 
+def make_pairs(photos: Path, out: Path, recipe: str, crop: int = 512) -> None:
+    """Pairs of the photos that are large enough, with seed 0, unless they are there; without any the benchmark ends."""
+    if (out / "parameters.json").exists():
+        return
+    settings = ("--out", out, "--recipe", recipe, "--crop", crop, "--seed", 0)
+    dpir("degrade", photos, *settings, check=False)  # names the photos that are too small
+    if not (out / "parameters.json").exists():
+        raise SystemExit(f"no pairs could be made of {photos}")
+
+
 def measure(restored: Path, reference: Path) -> dict[str, float]:
     """Means of `dpir evaluate`."""
     report = restored.with_suffix(".json")
@@ -83,11 +93,7 @@ def main() -> None:
     rows = []
     for severity, recipe in SEVERITIES.items():
         pairs = arguments.out / severity
-        if not (pairs / "parameters.json").exists():
-            settings = ("--out", pairs, "--recipe", recipe, "--crop", 512, "--seed", 0)
-            dpir("degrade", arguments.photos, *settings, check=False)  # names the photos that are too small
-            if not (pairs / "parameters.json").exists():
-                raise SystemExit(f"no pairs could be made of {arguments.photos}")
+        make_pairs(arguments.photos, pairs, recipe)
         bicubic(pairs / "lq", arguments.out / f"{severity}_bicubic", 4)
         base = measure(arguments.out / f"{severity}_bicubic", pairs / "hq")
         rows.append({"severity": severity, "model": "bicubic", "steps": None} | base)

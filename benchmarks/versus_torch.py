@@ -17,8 +17,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from dpir_jax.models.layers import Keys
-
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both sides run where both can
 
 AIM = 1.3  # times PyTorch's speed
@@ -65,6 +63,7 @@ def network(kind: type, config: Any, model: Any, rules: Any) -> Any:
     from flax import nnx
 
     from convert_weights.engine import load_into
+    from dpir_jax.models.layers import Keys
 
     weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
     return load_into(nnx.eval_shape(lambda: kind(config, rngs=Keys(0))), weights, rules)

@@ -1,4 +1,4 @@
-"""dalpsr-nano: the embedded DaLPSR model, trained from nothing on two CPU cores, UNet and ControlNet together.
+"""dalpsr-nano: DaLPSR at a small size, trained from nothing on two CPU cores, UNet and ControlNet together.
 
     dpir train  --config configs/dalpsr_nano.py --workdir runs/dalpsr \\
         --config.task.init_from=benchmarks/dpir_nano_control
@@ -8,7 +8,7 @@
 start the system is D(E_dr(x)): the last layer is zero and the flow runs on the residual. Degradation prompts are oracle
 ones, worded from the drawn degradation and dropped one time in ten, so that the UNet learns to believe them. The recipe
 `first_order` is the one of which the prompt is the whole truth. The perceptual losses need the VGG16 weights
-(docs/metrics.md).
+(docs/metrics.md). It is not settled yet: docs/dalpsr_nano.md says what came of it.
 """
 
 from ml_collections import ConfigDict, FieldReference, config_dict

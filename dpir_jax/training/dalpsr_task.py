@@ -377,7 +377,8 @@ class DaLPSRTask:
     ) -> tuple[Float[Array, "B h w 3"], Float[Array, "B S S 3"], Float[Array, "B S S 3"], Int[Array, "B types"]]:
         """(whole photos as they come; of the local crops: the same at the target size, originals, intervals).
 
-        Without `corners` of local crops the whole pictures are taken."""
+        Without `corners` of local crops the whole pictures are taken.
+        """
         native, lq, labels = [], [], []
         for i, (name, part) in enumerate(zip(self.recipes, jnp.array_split(whole, len(self.recipes)))):
             recipe = Recipe.named(name, scale=self.scale)
