@@ -1,16 +1,19 @@
 """Can the input keep up? Images per second from every kind of source, and the share of a step's time spent waiting.
 
-    python benchmarks/input_wait.py [--photos FOLDER] [--crop 512] [--batch 8] [--step-seconds 1.0] [--workers 0]
+    python benchmarks/input_wait.py [--photos FOLDER] [--crop 512] [--batch 8] [--step-seconds 1 0.1] [--workers 0]
 
 The photos are packed as `dpir pack` does; text embeddings of T5-XXL's size (256 tokens of 4096 numbers, random) are
 stored as `dpir precompute` does. "alone": as fast as batches come. "waiting": a device that is busy for `step-seconds`
 per batch, simulated by a timer so that it takes nothing from the input's cores; the training loop's own clock tells
-which share of the time it had no batch to work on. It does not wait while a batch takes less than a step to prepare.
+which share of the time it had no batch to work on, once the batches prepared beforehand are used up. It does not wait
+while a batch takes less than a step to prepare; of the two step lengths the second is too short for most sources.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import os
+import sys
 import tempfile
 import threading
 import time
@@ -57,7 +60,10 @@ def waiting(batches: BatchIterator, step_seconds: float, steps: int) -> float:
     jax.block_until_ready = lambda event: event.wait()  # the clock waits for a timer in the place of a device
     try:
         next(batches)
-        for _ in range(steps):
+        ready = batches.batches.config.prefetch + WARM_UP
+        for step in range(ready + steps):
+            if step == ready:
+                clock.read()
             done = threading.Event()
             threading.Timer(step_seconds, done.set).start()
             clock.handed(done)
@@ -76,14 +82,15 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, default=Path(dpir_jax.__file__).parent / "demo_photos" / "hq")
     parser.add_argument("--crop", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--step-seconds", type=float, default=1.0)
+    parser.add_argument("--step-seconds", type=float, nargs="+", default=[1.0, 0.1])
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=5.0, help="to measure each source alone for")
     parser.add_argument("--workers", type=int, default=0)
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
-        built = str(build(arguments.photos, folder))
+        with contextlib.redirect_stdout(sys.stderr):  # the builder says what it does
+            built = str(build(arguments.photos, folder))
         sizes = {"local_crop": arguments.crop, "global_crop": arguments.crop, "batch": arguments.batch}
         common = {**sizes, "workers": arguments.workers, "scale_jitter_prob": 0.3}
         records = PhotoRecords(built, min_side=arguments.crop)
@@ -99,15 +106,17 @@ def main() -> None:
             cases[f"records and text in {form}"] = DataConfig((), records=(built,), embeddings=stored, **common)
         sides = np.array([[records.facts(i)[name] for name in ("height", "width")] for i in range(len(records))])
         print(f"{len(records)} photos of {np.prod(sides, 1).mean() / 1e6:.1f} megapixels on average, crops of "
-              f"{arguments.crop}, batch {arguments.batch}, a step of {arguments.step_seconds:g} s, "
-              f"{arguments.workers or 'no'} worker processes, {os.cpu_count()} cores, "
-              f"load average {os.getloadavg()[0]:.1f}.\n")  # fmt: skip
-        print("| source | images/s alone | CPU ms per image | share of the time waiting |")
-        print("|---|---|---|---|")
+              f"{arguments.crop}, batch {arguments.batch}, {arguments.workers or 'no'} worker processes, "
+              f"{os.cpu_count()} cores, load average {os.getloadavg()[0]:.1f}.\n")  # fmt: skip
+        steps = "".join(f" share of the time waiting, steps of {seconds:g} s |" for seconds in arguments.step_seconds)
+        print(f"| source | images/s alone | CPU ms per image |{steps}")
+        print("|---" * (3 + len(arguments.step_seconds)) + "|")
         for title, config in cases.items():
             rate, cpu = alone(make_dataset(config), arguments.seconds)
-            share = waiting(make_dataset(config), arguments.step_seconds, arguments.steps)
-            print(f"| {title} | {rate:.1f} | {cpu:.1f} | {share:.1%} |", flush=True)
+            shares = [waiting(make_dataset(config), seconds, arguments.steps) for seconds in arguments.step_seconds]
+            print(
+                f"| {title} | {rate:.1f} | {cpu:.1f} | {' | '.join(f'{share:.1%}' for share in shares)} |", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -8,46 +8,69 @@ own, `dpir compile`.
 """
 
 import argparse
+import ast
 import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
 import json
 import os
-import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+from page import machine
+
 ROOT = Path(__file__).parent.parent
-SOURCES = ("models", "systems", "degradation", "diffusion", "parallel", "training")  # what a step is made of
 GIB, GB = 2**30, 1e9
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A training step: its recipe, overrides of it, and the batch per chip of each generation."""
+    """A training step: its recipe, the task, overrides of it, and the batch per chip of each generation."""
 
     name: str
     config: str
+    task: str
     overrides: tuple[str, ...]
     batches: dict[str, int]
 
 
 SIDE = "--config.task.local_crop={0} --config.data.local_crop={0} --config.data.global_crop=1024"
+DPIR = "configs/dpir_sd3_medium.py:dit", "dpir_tasks"
+DALPSR = "configs/dalpsr_sd2.py", "dalpsr_task"
 CASES = (
-    Case("DPIR 512", "configs/dpir_sd3_medium.py:dit", (*SIDE.format(512).split(),), {"v5p": 32, "v5e": 8, "v6e": 16}),
-    Case("DPIR 1024", "configs/dpir_sd3_medium.py:dit", (*SIDE.format(1024).split(),), {"v5p": 8, "v5e": 1, "v6e": 4}),
-    Case("DaLPSR 512", "configs/dalpsr_sd2.py", (), {"v5p": 32, "v5e": 8, "v6e": 16}),
+    Case("DPIR 512", *DPIR, tuple(SIDE.format(512).split()), {"v5p": 32, "v5e": 8, "v6e": 16}),
+    Case("DPIR 1024", *DPIR, tuple(SIDE.format(1024).split()), {"v5p": 8, "v5e": 1, "v6e": 4}),
+    Case("DaLPSR 512", *DALPSR, (), {"v5p": 32, "v5e": 8, "v6e": 16}),
 )
 SLICES = ("v5p-8", "v5e-16", "v5e-256", "v6e-16", "v5p-128", "v6e-256")
+
+
+def imported(path: Path) -> Iterator[Path]:
+    """Our modules that a file of ours imports."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "dpir_jax":
+            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
+                module = ROOT / name.replace(".", "/")
+                yield from (each for each in (module.with_suffix(".py"), module / "__init__.py") if each.is_file())
+
+
+def sources(case: Case) -> list[Path]:
+    """All modules of ours that a step is made of."""
+    waiting, found = [ROOT / "dpir_jax" / "training" / f"{name}.py" for name in ("ahead", case.task)], set()
+    while waiting:
+        if (path := waiting.pop()) not in found:
+            found.add(path)
+            waiting += imported(path)
+    return sorted(found)
 
 
 def version(case: Case) -> str:
     """A short checksum of everything that the compiled step depends on."""
     total = hashlib.sha256()
-    paths = [path for room in SOURCES for path in (ROOT / "dpir_jax" / room).rglob("*.py")]
-    for path in [*sorted(paths), ROOT / case.config.partition(":")[0]]:
+    for path in [*sources(case), ROOT / case.config.partition(":")[0]]:
         total.update(path.read_bytes())
     for package in ("jax", "libtpu", "flax", "optax"):
         total.update(f"{package} {importlib.metadata.version(package)}".encode())
@@ -75,25 +98,26 @@ def measure(results: Path, case: Case, name: str) -> None:
         raise SystemExit(f"{case.name} on {name} could not be compiled")
     facts = {"case": case.name, "version": key, "date": str(datetime.date.today()), "cores": os.cpu_count()}
     facts |= {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
-    facts["machine"] = platform.machine()
+    facts["machine"] = machine()
     raw.write_text(json.dumps(facts | json.loads(raw.read_text()), indent=2) + "\n")
     raw.replace(out)
 
 
-def table(results: Path) -> list[str]:
-    """The rows that are there, as Markdown."""
+def rows(results: Path) -> list[dict]:
+    """The rows that are there."""
+    paths = [row_file(results, case, name) for case in CASES for name in SLICES]
+    return [json.loads(path.read_text()) for path in paths if path.is_file()]
+
+
+def table(found: list[dict]) -> str:
+    """The rows as Markdown."""
     lines = [
         "| step | slice | images a chip | fits | GiB a chip: state + frozen + activations + program | GB sent a chip: "
         "all-gather + reduce-scatter + all-reduce + rest | TFLOP a chip | ms: compute, memory, network | bound | "
         "images/s a chip | compile s (CPU s) | made |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for case in CASES:
-        for name in SLICES:
-            path = row_file(results, case, name)
-            if path.is_file():
-                lines.append(line(json.loads(path.read_text())))
-    return lines
+    return "\n".join([*lines, *map(line, found)])
 
 
 def line(row: dict) -> str:
@@ -126,8 +150,10 @@ def line(row: dict) -> str:
 
 def page(results: Path) -> str:
     """docs/scaling.md."""
+    found = rows(results)
+    machines = sorted({f"{row['machine']}, {row['cores']} cores, libtpu {row['libtpu']}" for row in found})
     text = (Path(__file__).parent / "scaling.md").read_text(encoding="utf-8")
-    return text.replace("TABLE\n", "\n".join(table(results)) + "\n")
+    return text.replace("TABLE\n", table(found) + "\n").replace("MACHINES", "; ".join(machines) or "no machine yet")
 
 
 def main() -> None:

@@ -34,8 +34,9 @@ def get_config() -> ConfigDict:
     config.task_type = "dpir_jax.training.dalpsr_task:DaLPSRTask"
     config.task = ConfigDict({"system": "nano", "train": "joint", "picture": picture})
     config.task.recipes = ("first_order", "light", "realesrgan")
-    config.task.init_from = config_dict.placeholder(str)
+    config.task.init_from, config.task.teacher = config_dict.placeholder(str), config_dict.placeholder(str)
     config.task.degradation, config.task.captions = "oracle", "attributes"
+    config.task.types, config.task.intervals = ("blur", "noise", "jpeg"), 4
     config.task.irpad = config_dict.placeholder(str)
     config.task.predicted_share = 0.3  # of degradation "mix"
     config.task.caption_dropout, config.task.degradation_dropout = 0.5, 0.1

@@ -41,6 +41,7 @@ def get_config(stage: str = "split") -> ConfigDict:
     config.task.degradation = "oracle"  # OPEN: or "mix" with IRPAD's words
     config.task.predicted_share = 0.3
     config.task.irpad = config_dict.placeholder(str)
+    config.task.types, config.task.intervals = ("blur", "noise", "jpeg"), 4
     config.task.captions = "files"
     config.task.caption_dropout, config.task.degradation_dropout = 0.5, 0.1  # SeeSR's null_text_ratio; OPEN
     config.task.preview_steps = 20

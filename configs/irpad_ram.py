@@ -27,6 +27,7 @@ def get_config(stage: str | None = None) -> ConfigDict:
     config.mesh = ConfigDict({"data": 1, "fsdp": -1})
     config.task_type = "dpir_jax.training.irpad_task:IRPADTask"
     config.task = ConfigDict({"system": "ram", "candidates": stage or "phrases"})
+    config.task.types, config.task.intervals = ("blur", "noise", "jpeg"), 4
     config.task.region = 768  # OPEN: four crops of 384
     config.task.second_count = 64  # OPEN: half of the batch degraded twice, as the system's own training photos are
     config.task.scale = 4

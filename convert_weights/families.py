@@ -19,15 +19,11 @@ from dpir_jax.models.llama import LlamaConfig
 from dpir_jax.models.llava import Llava, LlavaConfig
 from dpir_jax.models.mmdit import MMDiT, MMDiTConfig
 from dpir_jax.models.ram import RAM, RAMConfig
-from dpir_jax.models.swin import SwinConfig
 from dpir_jax.models.t5 import T5Config, T5Encoder
 from dpir_jax.models.unet import UNet, UNetConfig
-from dpir_jax.systems import dpir_folder
+from dpir_jax.systems import dalpsr_folder, dpir_folder
 
-CONFIGS = dpir_folder.CONFIGS | {
-    kind.__name__: kind
-    for kind in (CLIPTextConfig, UNetConfig, ControlNetConfig, SwinConfig, RAMConfig, LlamaConfig, LlavaConfig)
-}
+CONFIGS = dpir_folder.CONFIGS | dalpsr_folder.CONFIGS | {kind.__name__: kind for kind in (LlamaConfig, LlavaConfig)}
 
 
 @dataclasses.dataclass(frozen=True)

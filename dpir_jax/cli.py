@@ -7,14 +7,16 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dpir_jax.errors import InputError
 
 if TYPE_CHECKING:
     from dpir_jax.models.irpad import IRPAD
+    from dpir_jax.parallel.topologies import Topology
     from dpir_jax.restore.job import Item
     from dpir_jax.restore.restorer import Progress
+    from dpir_jax.training.config import Recipe
 
 
 def quiet_libtpu() -> None:
@@ -384,6 +386,8 @@ def _caption(arguments: argparse.Namespace) -> int:
                 tqdm.write(f"dpir: error: {outcome.error}", file=sys.stderr)
             else:
                 tqdm.write(f"{outcome.photo}: {outcome.caption or 'has a caption'}")
+    if failed and len(photos) > 1:
+        print(f"dpir: {failed} of {len(photos)} photos could not be described", file=sys.stderr)
     return 2 if failed else 0
 
 
@@ -552,7 +556,7 @@ def _precompute(arguments: argparse.Namespace) -> int:
 def _add_compile(verbs: argparse._SubParsersAction) -> None:
     verb = verbs.add_parser(
         "compile",
-        help="compile a training step for TPUs that are not there: does it fit, how fast can it be",
+        help="compile a training or sampling step for TPUs that are not there: does it fit, how fast can it be",
         usage="dpir compile --config FILE[:STAGE] [--topology NAME] [--batch-per-chip N] [--config.FIELD=VALUE ...]",
         description="Compiles the recipe's training step ahead of time and says what it needs: memory by kind, bytes "
         "sent, FLOPs, the shortest time that a step can take. Without a topology, or on a machine that has it, the "
@@ -562,13 +566,20 @@ def _add_compile(verbs: argparse._SubParsersAction) -> None:
     verb.set_defaults(run=_compile)
     verb.add_argument("--config", required=True, metavar="FILE[:STAGE]", help="the recipe")
     verb.add_argument("--topology", metavar="NAME", help="v5e-16, v5p-128, v6e-256, v5p:4x4x4; default: what is here")
-    verb.add_argument("--batch-per-chip", type=int, metavar="N", help="images; default: the recipe's batch, divided")
+    verb.add_argument(
+        "--batch-per-chip",
+        type=int,
+        metavar="N",
+        help="images; default: the recipe's batch, divided; with --sampling 4 tiles",
+    )
+    verb.add_argument("--sampling", action="store_true", help="a step of restoring instead, on one chip")
     verb.add_argument("--search", action="store_true", help="find the largest batch and the best preset")
     verb.add_argument("--json", metavar="FILE", help="also write everything to FILE")
 
 
 def _compile(arguments: argparse.Namespace) -> int:
     from dpir_jax.files import write_json
+    from dpir_jax.parallel.compiled import describe
     from dpir_jax.parallel.topologies import expect_no_chips, parse_topology
     from dpir_jax.training import ahead
     from dpir_jax.training.config import load_recipe
@@ -576,23 +587,37 @@ def _compile(arguments: argparse.Namespace) -> int:
     expect_no_chips()
     topology = parse_topology(arguments.topology) if arguments.topology else None
     recipe = load_recipe(arguments.config, arguments.extra)
-    if arguments.search and topology is None:
-        raise InputError("--search needs a --topology to search on")
-    if arguments.search:
+    for option in ("search", "sampling"):
+        if getattr(arguments, option) and topology is None:
+            raise InputError(f"--{option} needs a --topology to compile for")
+    if arguments.sampling:
+        result = _compile_sampling(recipe, topology, arguments.batch_per_chip)
+    elif arguments.search:
         tried = []
         for result in ahead.search(recipe, topology, arguments.batch_per_chip or 1):
             tried.append(result)
-            print(ahead.describe(result), end="\n\n", flush=True)
+            print(describe(result), end="\n\n", flush=True)
         result = ahead.best(tried) or tried[-1]
         print("best:" if result["fits"] else "nothing fits")
     elif topology is None or ahead.is_here(topology):
         result = ahead.measure(recipe, arguments.batch_per_chip)
     else:
         result = ahead.compile_for(recipe, topology, arguments.batch_per_chip)
-    print(ahead.describe(result))
+    print(describe(result))
     if arguments.json:
         write_json(arguments.json, result)
     return 0 if result["fits"] else 1
+
+
+def _compile_sampling(recipe: "Recipe", topology: "Topology", tiles: int | None) -> dict[str, Any]:
+    from dpir_jax.restore.ahead import TILES, compile_sampling
+    from dpir_jax.restore.models import model_settings
+
+    task = recipe.build_task()
+    if not hasattr(task, "restore"):
+        raise InputError(f"{recipe.task_type} makes no system that restores photos; --sampling needs one")
+    defaults, _ = model_settings(Path("config.task"), dict(task.restore))
+    return compile_sampling(task.config, defaults, topology, TILES if tiles is None else tiles)
 
 
 # --- export ----------------------------------------------------------------------------------------------------------

@@ -13,10 +13,9 @@ import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType
 
-from dpir_jax.models.controlnet import ControlNet, ControlNetConfig
 from dpir_jax.models.layers import Keys
-from dpir_jax.models.unet import UNet, UNetConfig
 from dpir_jax.parallel.sharding import ACTIVATIONS, PRESETS, parameter_shardings, placement
+from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig
 from dpir_jax.systems.dpir import DPIR, DPIRConfig
 
 FOLDER = Path(__file__).parent / "sharding"
@@ -24,8 +23,8 @@ MODELS = {
     "dpir_tiny": lambda: DPIR(DPIRConfig.tiny(), rngs=Keys(0)),
     "dpir_nano": lambda: DPIR(DPIRConfig.nano(), rngs=Keys(0)),
     "dpir_sd3_medium": lambda: DPIR(DPIRConfig.sd3_medium(), rngs=Keys(0)),
-    "dalpsr_unet": lambda: UNet(UNetConfig.sd2(), rngs=Keys(0)),
-    "dalpsr_controlnet": lambda: ControlNet(ControlNetConfig.sd2(), rngs=Keys(0)),
+    "dalpsr_nano": lambda: DaLPSR(DaLPSRConfig.nano(), rngs=Keys(0)),
+    "dalpsr_sd2": lambda: DaLPSR(DaLPSRConfig.sd2(), rngs=Keys(0)),
 }
 MESHES = {  # preset, (data, fsdp, tensor, context)
     "zero1_8": ("zero1", (8, 1, 1, 1)),
@@ -34,10 +33,8 @@ MESHES = {  # preset, (data, fsdp, tensor, context)
     "data_2_fsdp_16_cp_4": ("fsdp_cp", (2, 16, 1, 4)),
 }
 CASES = [
-    *((model, mesh) for model in ("dpir_tiny", "dpir_nano") for mesh in ("zero1_8", "fsdp_4_tp_2")),
-    *(("dpir_sd3_medium", mesh) for mesh in MESHES),
-    *(("dalpsr_unet", mesh) for mesh in ("fsdp_16", "fsdp_4_tp_2")),
-    ("dalpsr_controlnet", "fsdp_16"),
+    *((model, mesh) for model in ("dpir_tiny", "dpir_nano", "dalpsr_nano") for mesh in ("zero1_8", "fsdp_4_tp_2")),
+    *((model, mesh) for model in ("dpir_sd3_medium", "dalpsr_sd2") for mesh in MESHES),
 ]
 
 

@@ -7,16 +7,22 @@ import json
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from dpir_jax.cli import main
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import attention, use_attention_backend
 from dpir_jax.models.layers import Keys
-from dpir_jax.parallel import hlo
+from dpir_jax.models.mmdit import MMDiT
+from dpir_jax.parallel import compiled, hlo
 from dpir_jax.parallel.flops import count_flops
 from dpir_jax.parallel.roofline import Roofline, roofline
 from dpir_jax.parallel.topologies import GENERATIONS, GIB, devices, parse_topology
+from dpir_jax.restore.ahead import abstract_sampling
+from dpir_jax.restore.settings import Defaults
+from dpir_jax.systems.dalpsr import DaLPSRConfig
+from dpir_jax.systems.dpir import DPIRConfig
 from dpir_jax.training import ahead
 from dpir_jax.training.config import load_recipe
 from tests.toy_task import Toy, ToyTask
@@ -176,11 +182,11 @@ def test_the_roofline_is_the_slowest_resource():
 
 def test_what_a_refused_program_needed():
     message = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 24.50G of 15.75G hbm. Exceeded"
-    assert ahead.needed(message, 7.0) == 24.5 * GIB
+    assert compiled.needed(message, 7.0) == 24.5 * GIB
     message = (
         "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (39.73G) exceeds available HBM (15.75G)."
     )
-    assert ahead.needed(message, 7.0) == 39.73 * GIB + 7
+    assert compiled.needed(message, 7.0) == 39.73 * GIB + 7
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
@@ -223,7 +229,7 @@ def test_a_step_compiled_for_a_tpu_slice(recipe):
     assert found["collectives_per_chip"]["total"] > 7 / 8 * weights  # gathered, and their gradients scattered
     assert found["roofline"]["images_per_second_per_chip"] > 0
     assert json.dumps(found)
-    assert "fits, " in ahead.describe(found)
+    assert "fits, " in compiled.describe(found)
 
 
 def test_a_step_that_does_not_fit():
@@ -232,14 +238,14 @@ def test_a_step_that_does_not_fit():
     assert not found["fits"]
     assert found["memory_per_chip"]["parameters"] == pytest.approx(4 * 4 * 2 * 32768**2 / 8, rel=0.01)
     assert found["memory_per_chip"]["total"] > 3 * found["memory_per_chip"]["parameters"]
-    assert "does not fit" in ahead.describe(found)
+    assert "does not fit" in compiled.describe(found)
 
 
 def test_a_step_measured_on_the_devices_here():
     found = ahead.measure(load_recipe("tests/ahead_recipe.py"), 1)
     assert found["fits"]
     assert found["measured"]["images_per_second_per_chip"] == 1 / found["measured"]["step"]
-    assert "measured:" in ahead.describe(found)
+    assert "measured:" in compiled.describe(found)
 
 
 def test_the_best_of_a_search():
@@ -255,12 +261,58 @@ def test_the_best_of_a_search():
     assert ahead.best(reports[3:]) is None
 
 
+def test_a_search_ends_at_the_largest_batch(recipe, monkeypatch):
+    most = {"dp": 0, "zero1": 5, "fsdp": 11, "fsdp_tp": 11}  # images that fit
+    tried = []
+
+    def compile_for(recipe, topology, batch):
+        name = recipe.train.sharding
+        tried.append((name, batch))
+        speed = {"zero1": 2, "fsdp": 2, "fsdp_tp": 1}.get(name, 0) * batch / (batch + 8)
+        return {
+            "fits": batch <= most[name],
+            "sharding": name,
+            "batch_per_chip": float(batch),
+            "roofline": {"images_per_second_per_chip": speed},
+            "memory_per_chip": {"total": batch},
+        }
+
+    monkeypatch.setattr(ahead, "compile_for", compile_for)
+    reports = list(ahead.search(recipe, parse_topology("v5e-8")))
+    doubled = [("dp", 1), *(("zero1", n) for n in (1, 2, 4, 8))]
+    doubled += [(name, n) for name in ("fsdp", "fsdp_tp") for n in (1, 2, 4, 8, 16)]
+    assert tried == [*doubled, ("fsdp", 12), ("fsdp", 10), ("fsdp", 11)]
+    assert ahead.best(reports)["batch_per_chip"] == 11
+
+
+def test_a_sampling_step_compiled_for_a_tpu(capsys, tmp_path):
+    """The restorer's own step; along DDPM's path it is traced alone."""
+    out = tmp_path / "report.json"
+    command = ["compile", "--config", "tests/ahead_recipe.py:dpir", "--sampling", "--topology", "v5e-1"]
+    assert main([*command, "--batch-per-chip", "2", "--json", str(out)]) == 0
+    found = json.loads(out.read_text())
+    assert (next(iter(found)), found["batch"], found["steps"]) == ("fits", 2, 28)
+    net = nnx.eval_shape(lambda: MMDiT(DPIRConfig.tiny().mmdit, rngs=Keys(0)))
+    weights = 2 * sum(leaf.size for leaf in jax.tree.leaves(net))  # bytes in bfloat16; the scale of residuals beside
+    assert weights <= found["memory_per_chip"]["parameters"] <= weights + 16
+    speed = found["roofline"]["images_per_second_per_chip"]
+    assert speed == pytest.approx(2 / found["roofline"]["step"] / 28)
+    assert "in 28 steps" in capsys.readouterr().out
+
+    config = dataclasses.replace(DaLPSRConfig.tiny(), objective="epsilon", flow="latent", prediction="velocity")
+    program = abstract_sampling(config, Defaults(steps=10, guidance=5.5), jax.devices()[0], 2)
+    assert program.function.trace(*program.arguments).out_info.shape == (2, 8, 8, 4)
+    assert (program.samples, program.rounds) == (2, 20)
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["--topology", "v9-8"], "the topology is 'v9-8'"),
         (["--topology", "v5e-8", "--config.nothing=1"], "--config.nothing: the recipe has no such setting"),
         (["--search"], "--search needs a --topology"),
+        (["--sampling"], "--sampling needs a --topology"),
+        (["--sampling", "--topology", "v5e-8"], "TracedToyTask makes no system that restores photos"),
         (["--topology", "v5e-8", "--batch-per-chip", "0"], "the batch per chip is 0"),
         (["--topology", "v5e-8", "--config.batch=9"], "batch is 9"),
         (["--topology", "v5e-8", "--config.mesh.fsdp=3"], "needs 3 devices"),

@@ -9,7 +9,7 @@ from PIL import Image
 from dpir_jax import cli, model_folder
 from dpir_jax.captions import captioner
 from dpir_jax.captions.caption_files import caption_path, read_caption, write_caption
-from dpir_jax.captions.captioner import Captioner, Tagger, read_captioner, read_tagger
+from dpir_jax.captions.captioner import Captioner, LlamaTokenizer, Tagger, read_captioner, read_tagger
 from dpir_jax.captions.job import caption_photos, photos_to_caption
 from dpir_jax.errors import InputError
 from dpir_jax.models.layers import Keys
@@ -129,6 +129,16 @@ def test_model_folders(llava, tagger, tmp_path, monkeypatch):
         read_captioner(model_folder.save_networks(tmp_path / "other", {"networks": {}}, {}))
 
 
+def test_a_tokenizer_that_is_missing_or_damaged(tmp_path):
+    with pytest.raises(InputError, match=r"there is no .*tokenizer; put the files of LLaVA's tokenizer there"):
+        LlamaTokenizer.read(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer.json").write_text('{"model": 1}')
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds no tokenizer that can be read") as caught:
+        LlamaTokenizer.read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
@@ -187,3 +197,6 @@ def test_the_command(photos, monkeypatch, capsys):
     assert "has a caption" in capsys.readouterr().out
     assert cli.main(["caption", str(photos), "--model", "m", "--instruction", "poem"]) == 2
     assert "unknown instruction" in capsys.readouterr().err
+    (photos / "d.png").write_bytes(b"no photo")
+    assert cli.main(["caption", str(photos), "--model", "m"]) == 2
+    assert capsys.readouterr().err.endswith("dpir: 1 of 4 photos could not be described\n")

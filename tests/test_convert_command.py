@@ -45,11 +45,15 @@ from dpir_jax.models.ram import RAM, RAMConfig
 from dpir_jax.models.swin import shift_bias
 from dpir_jax.models.t5 import T5Config, T5Encoder
 from dpir_jax.models.unet import UNet, UNetConfig
+from dpir_jax.restore.dalpsr import RestoringDaLPSR
 from dpir_jax.restore.dpir import RestoringDPIR
 from dpir_jax.restore.models import load_system
 from dpir_jax.systems.config_json import to_json
+from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, makers
+from dpir_jax.systems.dalpsr_folder import save_dalpsr
 from dpir_jax.systems.dpir import DPIR, DPIRConfig
 from dpir_jax.systems.dpir_folder import save_dpir
+from dpir_jax.systems.tokenizers import WordTokenizer
 from tests.networks import random_network
 
 with warnings.catch_warnings():
@@ -540,15 +544,109 @@ def test_parts_that_are_not_what_they_should_be(dpir_parts, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["sd3.safetensors"]
 
 
+# --- DaLPSR ----------------------------------------------------------------------------------------------------------
+
+DALPSR = DaLPSRConfig(
+    autoencoder=NETWORKS["vae_sd2"][1],
+    unet=dataclasses.replace(UNetConfig.tiny(), image_context_dim=None, context_dim=24),
+    controlnet=ControlNetConfig(
+        dataclasses.replace(UNetConfig.tiny(), image_context_dim=12, context_dim=24), (4, 6, 6)
+    ),
+    text=CLIPTextConfig.tiny(),
+    image_encoder=NETWORKS["dape"][1],
+)
+
+
+@pytest.fixture(scope="module")
+def dalpsr_parts(tmp_path_factory):
+    """A tiny DaLPSR: its model folder, Stable Diffusion's part of it as a pipeline, ControlNet, RAM and DAPE."""
+    root = tmp_path_factory.mktemp("dalpsr")
+    parts = {n: random_network(lambda make=make: make(Keys(0))) for n, make in makers(DALPSR).items()}
+    parts["image_encoder"] = network("dape")
+    save_dalpsr(root / "ours", DaLPSR(DALPSR, networks=parts), WordTokenizer(("a",)), description="tiny", restore={})
+    run(root / "ours", root / "torch", "--to-torch", "--verify")
+    assert {"image_encoder.safetensors", "tokenizer"} <= {path.name for path in (root / "torch").iterdir()}
+    shutil.move(root / "torch" / "controlnet", root / "controlnet")
+    dape_files(root)
+    shutil.rmtree(root / "torch" / "tokenizer")
+    letters_tokenizer().save_pretrained(root / "torch" / "tokenizer")
+    (root / "torch" / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet2DConditionModel"]}))
+    write_json(root / "torch" / "scheduler" / "scheduler_config.json", {"prediction_type": "epsilon"})
+    return root
+
+
+def dalpsr(root, out, *more, status: int = 0) -> None:
+    run("dalpsr", out, "--pipeline", root / "torch", "--ram", root / "ram.pth", *more, status=status)
+
+
+def test_a_dalpsr_out_of_its_parts_is_the_one_that_it_came_from(dalpsr_parts, tmp_path, capsys):
+    adapted = ["--lora", dalpsr_parts / "DAPE.pth", "--controlnet", dalpsr_parts / "controlnet"]
+    dalpsr(dalpsr_parts, tmp_path / "out", *adapted, "--verify")
+    assert capsys.readouterr().out.count("comes back bit for bit") == 5
+    for name in makers(DALPSR):
+        before, after = (tensors_of(f / f"{name}.safetensors") for f in (dalpsr_parts / "ours", tmp_path / "out"))
+        assert all(before[key].tobytes() == after[key].tobytes() for key in before | after), name
+    config = read_json(tmp_path / "out" / "config.json")
+    assert config["config"] == read_json(dalpsr_parts / "ours" / "config.json")["config"]
+    stages, defaults, schedule = load_system(tmp_path / "out", "float32")  # what `dpir restore --model` does
+    assert isinstance(stages.system, RestoringDaLPSR)
+    assert stages.system.irpad is not None
+    assert (defaults.steps, defaults.guidance, defaults.sampler) == (50, 5.5, "ddpm")
+    assert schedule.prediction == "epsilon"
+
+    dalpsr(dalpsr_parts, tmp_path / "seesr", *adapted, "--routing", "caption", "--objective", "velocity")
+    config = read_json(tmp_path / "seesr" / "config.json")
+    assert (config["config"]["routing"], config["config"]["objective"]) == ("caption", "velocity")
+    assert config["irpad"] is None
+
+
+def test_a_dalpsr_without_a_controlnet_is_where_training_starts(dalpsr_parts, tmp_path, capsys):
+    dalpsr(dalpsr_parts, tmp_path / "out")
+    assert "train one (configs/dalpsr_sd2.py)" in capsys.readouterr().out
+    found = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {f"{name}.safetensors" for name in makers(DALPSR) if name != "controlnet"} | {"tokenizer"} <= found
+    assert "controlnet.safetensors" not in found
+
+
+def test_parts_of_a_dalpsr_that_are_not_what_they_should_be(dalpsr_parts, tmp_path, capsys):
+    torch_folder = dalpsr_parts / "torch"
+    odd = shutil.copytree(torch_folder, tmp_path / "odd")
+    write_json(odd / "scheduler" / "scheduler_config.json", {"prediction_type": "sample"})
+    whole = ["--controlnet", dalpsr_parts / "controlnet", "--pipeline"]
+    for words, message in (
+        (["--pipeline", torch_folder, "--lora", dalpsr_parts / "DAPE.pth"], "--ram is needed"),
+        (["--unet", torch_folder / "unet"], "--vae is needed, or --pipeline"),
+        (["--pipeline", torch_folder, "--ram", torch_folder / "vae"], "--ram .* holds no ram networks, not one"),
+        ([*whole, torch_folder], "image_context_dim is 12; image_encoder gives None"),
+        ([*whole, odd, "--ram", dalpsr_parts / "ram.pth"], "has the prediction_type 'sample'; only epsilon and"),
+    ):
+        run("dalpsr", tmp_path / "out", *words, status=2)
+        assert re.search(message, error := capsys.readouterr().err), error
+        assert error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+def test_llava_keeps_the_tokenizer_that_captions_need(tmp_path):
+    folder, _ = folder_of(tmp_path, "llava")
+    run(folder, tmp_path / "torch", "--to-torch")
+    letters_tokenizer().save_pretrained(tmp_path / "torch")
+    run(tmp_path / "torch", tmp_path / "out", "--verify")
+    files = {path.name for path in (tmp_path / "out" / "tokenizer").iterdir()}
+    assert {"tokenizer.json", "tokenizer_config.json"} <= files
+    assert not any(name.endswith(".safetensors") for name in files)
+    run(tmp_path / "out", tmp_path / "back", "--to-torch")
+    assert (tmp_path / "back" / "tokenizer" / "tokenizer.json").is_file()
+
+
 def test_every_command_of_the_page_is_understood():
     page = (Path(__file__).parent.parent / "docs" / "weights.md").read_text()
     lines = [line for block in page.split("```")[1::2] for line in block.replace("\\\n", "").splitlines()]
     commands = [line for line in lines if line.startswith("python -m convert_weights") and "[--" not in line]
     assert len(commands) > 15
     for words in (shlex.split(line.replace("...", "X"), comments=True)[3:] for line in commands):
-        dpir = words[0] == "dpir"
-        parser = command._dpir_parser("") if dpir else command._parser("")
-        assert parser.parse_args(words[dpir:]).out, words
+        systems = {"dpir": command._dpir_parser, "dalpsr": command._dalpsr_parser}
+        parser = systems.get(words[0], command._parser)("")
+        assert parser.parse_args(words[words[0] in systems :]).out, words
 
 
 # --- faults ----------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def restore(system, pictures, caption, degradation):
     looked = prompt(system, pictures, caption, degradation)
     noise = jax.random.normal(jax.random.key(0), lq.shape)
     sigmas = FlowSchedule().sampling_table(2, 2)
-    z0 = euler(lambda z, sigma: system.predict(z, sigma, looked, hint)[0], noise, sigmas, 2)
+    z0 = euler(lambda z, sigma: system.predict(z, sigma, looked, hint, lq)[0], noise, sigmas, 2)
     return system.decode(system.from_flow(z0, lq)), system.decode(lq)
 
 
@@ -77,10 +77,10 @@ def test_routing(routing, lengths):
 
 @pytest.mark.parametrize("prediction", ["x0", "velocity"])
 def test_velocity_and_estimate_say_the_same(prediction):
-    config = dataclasses.replace(CONFIG, prediction=prediction)
-    net = SimpleNamespace(config=config, output=lambda z, timestep, prompt, hint: jnp.sin(z))
+    config = dataclasses.replace(CONFIG, flow="latent", prediction=prediction)
+    net = SimpleNamespace(config=config, output=lambda z, timestep, prompt, hint: jnp.sin(z), from_flow=lambda z, _: z)
     z, sigma = jax.random.normal(jax.random.key(1), (2, 4, 4, 4)), jnp.asarray([0.3, 0.9])
-    velocity, estimate = DaLPSR.predict(net, z, sigma, None, None)
+    velocity, estimate = DaLPSR.predict(net, z, sigma, None, None, None)
     np.testing.assert_allclose(z - sigma[:, None, None, None] * velocity, estimate, atol=1e-5)
     np.testing.assert_allclose(estimate if prediction == "x0" else velocity, jnp.sin(z), atol=1e-6)
 
@@ -123,9 +123,14 @@ def test_words():
 
 
 def test_unknown_words_are_passed_over_and_said(caplog):
+    tokenizer = WordTokenizer(("a", "photo"))
     with caplog.at_level(logging.WARNING):
-        assert WordTokenizer(("a", "photo")).ids("a Photo of a boat") == [3, 4, 3]
-    assert caplog.messages == ["this model knows 2 words and passes over: of, boat"]
+        assert windows(tokenizer, "a Photo of a boat", 5, 2) == [[1, 3, 4, 3, 2]]
+        windows(tokenizer, "a boat " * 3000, 5, 2)
+    assert caplog.messages == [
+        "this model knows 2 words and passes over: of, boat",
+        "the prompt has 3000 tokens; this model reads the first 6; this model knows 2 words and passes over: boat",
+    ]
 
 
 def test_long_texts_fill_windows_and_what_is_cut_is_said(caplog):

@@ -169,9 +169,9 @@ def test_a_network_that_knows_has_no_loss(photos, stage_one, objective, monkeypa
             return noise - x0
         return DDPMSchedule(objective).target(x0, noise, timestep)
 
-    system = SimpleNamespace(config=config, output=output)
+    system = SimpleNamespace(config=config, output=output, from_flow=lambda z, _: z)
     system.predict = lambda *arguments: DaLPSR.predict(system, *arguments)
-    losses, time, estimate = task._objective(system, x0, noise, None, None, jax.random.key(3))
+    losses, time, estimate = task._objective(system, x0, noise, None, None, None, jax.random.key(3))
     np.testing.assert_allclose(losses, [0, 0], atol=1e-9)
     assert ((time >= 0) & (time <= 1)).all()
     np.testing.assert_allclose(estimate, x0, atol=1e-3)

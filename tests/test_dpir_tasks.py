@@ -130,6 +130,8 @@ def test_stage_two_starts_at_stage_one(stage_one, stage_two):
 def test_stage_two_needs_stage_one(photos):
     with pytest.raises(InputError, match=r"task.init_from"):
         DiTTask.from_config({"system": "tiny"}).init(jax.random.key(0))
+    with pytest.raises(InputError, match=r"is not a model folder"):
+        DiTTask.from_config({"system": "tiny", "init_from": str(photos)}).check()
     with pytest.raises(InputError, match=r"task.colour is not a setting"):
         EncoderTask.from_config({"colour": 1})
     with pytest.raises(InputError, match=r"task.picture.vgg is not a setting"):

@@ -50,6 +50,8 @@ from dpir_jax.systems.irpad import (
     starts,
 )
 from dpir_jax.training import irpad_statistics, irpad_task
+from dpir_jax.training.config import load_recipe
+from dpir_jax.training.dalpsr_task import DaLPSRTask
 from dpir_jax.training.irpad_evaluation import Readings, calibration_error, recipe_named, write_confusion
 from dpir_jax.training.irpad_task import IRPADTask, held_out
 from tests.networks import parameter_count, quick_jit, random_network
@@ -403,6 +405,14 @@ def test_the_task_is_checked(change, told):
         IRPADTask.from_config(TASK | change)
 
 
+def test_a_recipe_names_types_and_intervals():
+    recipe = load_recipe("configs/irpad_nano.py", ["--config.task.types=('jpeg','noise')", "--config.task.intervals=6"])
+    assert recipe.build_task().config.prompts == 12
+    assert recipe.data["types"] == ("jpeg", "noise")
+    system = DaLPSRTask(system="tiny", types=("jpeg", "noise"), intervals=6)
+    assert system.degradations[-1] == "Dejpeg with sigma 0.833~1, Denoise with sigma 0.833~1"
+
+
 def test_statistics_are_drawn_once_and_gone_through_in_order(tmp_path, monkeypatch):
     for name, value in {"AT_ONCE": 2, "SHARD": 4}.items():
         monkeypatch.setattr(irpad_statistics, name, value)
@@ -436,6 +446,8 @@ def test_statistics_are_drawn_once_and_gone_through_in_order(tmp_path, monkeypat
     assert np.isfinite(loss)
     assert "second_noise_accuracy" in metrics
 
+    with pytest.raises(InputError, match=r"has the severities of blur noise jpeg, not of noise; take another cache"):
+        batches(types=("noise",))
     shard.write_bytes(b"damaged")
     with pytest.raises(InputError, match=r"first_0001.safetensors is damaged"):
         batches()

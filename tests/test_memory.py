@@ -14,10 +14,13 @@ from dpir_jax.errors import InputError
 from dpir_jax.models.autoencoder import AutoencoderConfig, Encoder
 from dpir_jax.models.layers import Keys, use_remat
 from dpir_jax.models.unet import UNet, UNetConfig
+from dpir_jax.parallel.flops import count_flops
 from dpir_jax.parallel.mesh import MeshConfig, make_mesh
-from dpir_jax.parallel.sharding import parameter_shardings
+from dpir_jax.parallel.sharding import FSDP, parameter_shardings
 from dpir_jax.training.config import TrainConfig
+from dpir_jax.training.loop import model_flops
 from dpir_jax.training.state import abstract_state, optimizer
+from dpir_jax.training.step import make_train_step
 from tests.flow_task import FlowTask, latents
 
 # --- rematerialisation -----------------------------------------------------------------------------------------------
@@ -88,6 +91,18 @@ def test_policies_change_no_gradient():
     for name in ("full", "offload"):
         for a, b in zip(gradients(name), plain, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max())
+
+
+def test_utilisation_counts_no_recomputation():
+    task, mesh = FlowTask(), make_mesh(devices=jax.devices()[:1])
+    settings = TrainConfig(steps=1, batch=8, learning_rate=1e-3, remat="full")
+    state, networks = abstract_state(task, settings, mesh)
+    key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype)
+    common = networks, mesh, jax.tree.map(lambda leaf: leaf.sharding, state), FSDP
+
+    counted = model_flops(task, settings, *common, (state, latents(), key))
+    executed = count_flops(make_train_step(task, settings, *common).trace(state, latents(), key).jaxpr)
+    assert 0 < counted < 0.9 * executed
 
 
 def test_an_unknown_policy():

@@ -13,11 +13,12 @@ from dpir_jax.errors import InputError
 from dpir_jax.models.layers import Keys, conv
 from dpir_jax.models.placement import constrain, use_placement
 from dpir_jax.models.precision import MIXED
+from dpir_jax.parallel.compiled import device_bytes
 from dpir_jax.parallel.mesh import MeshConfig, make_mesh
 from dpir_jax.parallel.sharding import PRESETS, placement, preset, put_batch, replicated
 from dpir_jax.training.config import TrainConfig
 from dpir_jax.training.layout import candidates, make_layout
-from dpir_jax.training.state import abstract_state, device_bytes, init_state
+from dpir_jax.training.state import abstract_state, init_state
 from dpir_jax.training.step import make_train_step
 from tests import sharding_tables
 from tests.flow_task import FlowTask, latents
@@ -218,6 +219,6 @@ def test_parameters_lie_where_the_tables_say(model, mesh):
 
 
 def test_no_large_parameter_is_whole_under_fsdp():
-    for model, mesh in (("dpir_sd3_medium", "fsdp_16"), ("dalpsr_unet", "fsdp_16"), ("dalpsr_controlnet", "fsdp_16")):
-        found = sharding_tables.table(model, mesh)
+    for model in ("dpir_sd3_medium", "dalpsr_sd2"):
+        found = sharding_tables.table(model, "fsdp_16")
         assert found["MiB per device"] < 1.1 * found["MiB in all"] / 16, model

@@ -97,6 +97,13 @@ def test_neither_writing_nor_reading_needs_tensorflow(built):
     assert "tensorflow" not in sys.modules
 
 
+def test_beam_builds_the_same_records(built, collection, tmp_path):
+    pytest.importorskip("apache_beam", reason="needs the extra [beam]")
+    assert main(["pack", str(collection), "--out", str(tmp_path), "--beam=--runner=DirectRunner"]) == 0
+    ours, others = PhotoRecords(built), PhotoRecords(tmp_path / "dpir_photos" / "beam" / "1.0.0")
+    assert [others.facts(i) for i in range(len(others))] == [ours.facts(i) for i in range(len(ours))]
+
+
 def test_splits_and_metadata(tmp_path):
     for split in ("train", "validation"):
         (tmp_path / "photos" / split).mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +10,13 @@ import pytest
 from PIL import Image
 
 import dpir_jax
-from dpir_jax import cli
+from dpir_jax import cli, model_folder
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import use_attention_backend
 from dpir_jax.models.irpad import IRPAD, IRPADConfig
 from dpir_jax.models.layers import Keys
 from dpir_jax.models.precision import FLOAT32
-from dpir_jax.restore import Restorer, compilation_cache
+from dpir_jax.restore import Restorer, Settings, compilation_cache
 from dpir_jax.restore import dalpsr as restore_dalpsr
 from dpir_jax.restore.dalpsr import RestoringDaLPSR
 from dpir_jax.systems import irpad
@@ -90,6 +91,28 @@ def test_a_model_folder_restores_under_its_prompts(dalpsr, folder, photo, tmp_pa
     )
 
 
+def test_networks_that_come_and_go_and_prompts_that_stay(folder, photo, tmp_path, monkeypatch):
+    """The same picture, and the second time what makes the prompts is not read."""
+    reads, original = [], model_folder.load_network
+
+    def spy(folder, name, *arguments, **options):
+        reads.append(name)
+        return original(folder, name, *arguments, **options)
+
+    monkeypatch.setattr(model_folder, "load_network", spy)
+    whole = dpir_jax.load(folder, dtype="float32", stage_loading="never")(photo, scale=2, prompt="a boat")
+    reads.clear()
+    for expected in (
+        ["robust_encoder", "text_encoder", "image_encoder", "controlnet", "unet", "autoencoder"],
+        ["robust_encoder", "unet", "controlnet", "autoencoder"],
+    ):
+        settings = {"dtype": "float32", "stage_loading": "always", "prompt_cache": tmp_path / "cache"}
+        staged = dpir_jax.load(folder, **settings)(photo, scale=2, prompt="a boat")
+        assert reads == expected
+        np.testing.assert_array_equal(staged.pixels, whole.pixels)
+        reads.clear()
+
+
 def test_ddpm_starts_at_the_low_quality_latent(photo):
     """SeeSR's way: epsilon, image tokens of the whole photo, the caption to both networks."""
     looking = dataclasses.replace(CONFIG.unet, image_context_dim=24)
@@ -125,7 +148,17 @@ def test_irpad_words_the_degradation(dalpsr, folder, photo, tmp_path, monkeypatc
 
     monkeypatch.setattr(restore_dalpsr, "read_dalpsr", lambda *arguments: (dalpsr, WORDS))  # it takes long
     reader = save_irpad(tmp_path / "irpad", network, description="")
-    assert restore_dalpsr.load_dalpsr(folder, {}, FLOAT32, reader).irpad is not None
+    assert restore_dalpsr.load_dalpsr(folder, {}, FLOAT32, reader).system.irpad is not None
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    shutil.copytree(reader, whole / "irpad")
+
+    def recorded():
+        return dpir_jax.load(whole, dtype="float32").identity(Settings(), 0)["model"]["irpad"]
+
+    before = recorded()  # another IRPAD makes other pictures: they are not up to date
+    save_irpad(whole / "irpad", network, description="another")
+    assert recorded() != before
+
     other = random_network(lambda: IRPAD(dataclasses.replace(IRPADConfig.tiny(), intervals=3), rngs=Keys(0)))
     save_irpad(tmp_path / "irpad", other, description="")
     with pytest.raises(InputError, match="words 3 intervals of blur, noise, jpeg"):
@@ -141,5 +174,5 @@ def test_folders_that_are_wrong_are_named(dalpsr, tmp_path):
     (tmp_path / "words.json").write_text('{"a": 1}')
     with pytest.raises(InputError, match=r"words.json is not a list of words"):
         read_tokenizer(tmp_path)
-    with pytest.raises(InputError, match="unknown model 'irpad-none'"):
+    with pytest.raises(InputError, match=r"b.config.json, 'irpad': unknown model 'irpad-none'"):
         dpir_jax.load(save_dalpsr(tmp_path / "b", dalpsr, WORDS, description="", restore={}, irpad="irpad-none"))

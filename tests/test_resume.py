@@ -3,16 +3,19 @@
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from dpir_jax.errors import InputError
+from dpir_jax.training import loop
 from dpir_jax.training.config import load_recipe
 from dpir_jax.training.loop import train
 from tests.toy_task import ToyTask
@@ -82,6 +85,18 @@ def test_after_sigterm_and_time_limits(whole, tmp_path, monkeypatch):
     assert train(recipe(), tmp_path, progress=False).step == 6  # nothing left to do
 
 
+def test_on_another_mesh(whole, tmp_path):
+    """A checkpoint of eight whole copies goes on in two copies cut into four."""
+    going_on = []
+    for name, mesh in (("same", []), ("other", ["--config.mesh.data=2", "--config.mesh.fsdp=4"])):
+        shutil.copytree(whole, tmp_path / name)
+        assert train(recipe("--config.steps=8", *mesh), tmp_path / name, progress=False).step == 8
+        assert lines(tmp_path / name)[:6] == lines(whole)
+        rows = lines(tmp_path / name)[6:]
+        going_on.append([[row[key] for key in ("loss", "adversary_loss", "grad_norm")] for row in rows])
+    np.testing.assert_allclose(*going_on, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("overrides", "task", "word"),
     [
@@ -93,8 +108,10 @@ def test_after_sigterm_and_time_limits(whole, tmp_path, monkeypatch):
         ([], ToyTask(teacher=8, adversarial=True), "other frozen weights"),
     ],
 )
-def test_another_run_is_refused(whole, overrides, task, word):
+def test_another_run_is_refused(whole, overrides, task, word, monkeypatch):
     before = lines(whole)
+    if task is None:  # which is known before the networks are made
+        monkeypatch.setattr(loop, "init_state", lambda *arguments: pytest.fail("networks were made"))
     with pytest.raises(InputError, match=word):
         train(recipe(*overrides), whole, task=task, progress=False)
     assert lines(whole) == before
@@ -102,8 +119,6 @@ def test_another_run_is_refused(whole, overrides, task, word):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax drops
 def test_a_damaged_checkpoint_is_named(whole, tmp_path):
-    import shutil
-
     shutil.copytree(whole, tmp_path / "run")
     for path in (tmp_path / "run/checkpoints/6/state").rglob("*"):
         if path.is_file() and path.parent.name == "d":

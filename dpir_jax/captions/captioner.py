@@ -29,6 +29,7 @@ from dpir_jax.models.precision import Precision
 from dpir_jax.models.ram import RAM, THRESHOLD, RAMConfig, ram_preprocess
 from dpir_jax.models.swin import SwinConfig
 from dpir_jax.systems.config_json import from_json
+from dpir_jax.systems.tokenizers import hugging_face_tokenizer
 
 TAGS, THRESHOLDS = "ram_tag_list.txt", "ram_tag_list_threshold.txt"
 CONFIGS = {cls.__name__: cls for cls in (LlavaConfig, LlamaConfig, CLIPVisionConfig, RAMConfig, SwinConfig)}
@@ -176,12 +177,9 @@ class LlamaTokenizer:
     @classmethod
     def read(cls, folder: Path) -> "LlamaTokenizer":
         """`InputError` if the folder holds none."""
-        from transformers import AutoTokenizer  # heavy
-
-        try:
-            return cls(AutoTokenizer.from_pretrained(str(folder), local_files_only=True))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder} holds no tokenizer: {str(error).splitlines()[0]}") from error
+        if not folder.is_dir():  # transformers would look for a model of that name on the network
+            raise InputError(f"there is no {folder}; put the files of LLaVA's tokenizer there")
+        return cls(hugging_face_tokenizer(str(folder)))
 
     def encode(self, text: str) -> list[int]:
         """With the token that begins a text."""

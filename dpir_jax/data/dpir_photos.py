@@ -176,7 +176,9 @@ def build(photos: str | Path, out: str | Path, *, beam: Sequence[str] | None = N
         try:
             from apache_beam.options.pipeline_options import PipelineOptions
         except ImportError as error:
-            raise InputError("building with Beam needs the package apache-beam") from error
+            raise InputError(
+                "building with Beam needs apache-beam; install it with: pip install 'dpir-jax[beam]'"
+            ) from error
         settings["beam_options"] = PipelineOptions(list(beam))
     builder = DpirPhotos(config="local" if beam is None else "beam", data_dir=out, file_format="array_record")
     download = tfds.download.DownloadConfig(manual_dir=Path(photos).absolute(), **settings)

@@ -1,7 +1,8 @@
 """ControlNet: a copy of a UNet's trunk that sees a picture and adds to the UNet's states.
 
     hint     picture -> convolutions, halving -> features as large as the latent, added to conv_in(latent)
-    output   one 1x1 convolution per state of the trunk, zero at first: an untrained ControlNet changes nothing
+    output   one 1x1 convolution per state of the trunk, zero at first: beside a trained UNet an untrained ControlNet
+             changes nothing
 
 Zhang et al., arXiv 2302.05543, section 3; layout and semantics of `ControlNetModel` of diffusers (Apache-2.0) and, with
 image attention, of cswry/SeeSR.
@@ -17,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Num
 
 from dpir_jax.errors import InputError
-from dpir_jax.models.layers import conv
+from dpir_jax.models.layers import conv, torch_uniform
 from dpir_jax.models.precision import FLOAT32, Precision
 from dpir_jax.models.unet import Control, Trunk, UNet, UNetConfig
 
@@ -59,12 +60,13 @@ class ControlNetConfig:
 class Hint(nnx.Module):
     """The picture at the latent's resolution; does not see the time, so it is computed once per photo."""
 
-    def __init__(self, config: ControlNetConfig, *, rngs: nnx.Rngs, precision: Precision) -> None:
+    def __init__(self, config: ControlNetConfig, *, rngs: nnx.Rngs, precision: Precision, silent: bool) -> None:
         widths, make = config.hint_channels, {"rngs": rngs, "precision": precision}
         self.conv_in = conv(3, widths[0], 3, padding=1, **make)
         self.same = nnx.List(conv(width, width, 3, padding=1, **make) for width in widths[:-1])
         self.down = nnx.List(conv(i, o, 3, stride=2, padding=1, **make) for i, o in itertools.pairwise(widths))
-        self.conv_out = conv(widths[-1], config.unet.block_out_channels[0], 3, padding=1, init=zero, **make)
+        init = zero if silent else torch_uniform
+        self.conv_out = conv(widths[-1], config.unet.block_out_channels[0], 3, padding=1, init=init, **make)
 
     def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B h w D"]:
         x = jax.nn.silu(self.conv_in(image))
@@ -76,14 +78,17 @@ class Hint(nnx.Module):
 class ControlNet(nnx.Module):
     """`hint = net.hint(image)` once, then `net(latent, timestep, context, hint)` at every step."""
 
-    def __init__(self, config: ControlNetConfig, *, rngs: nnx.Rngs, precision: Precision = FLOAT32) -> None:
-        make = {"rngs": rngs, "precision": precision}
+    def __init__(
+        self, config: ControlNetConfig, *, rngs: nnx.Rngs, precision: Precision = FLOAT32, silent: bool = True
+    ) -> None:
+        """`silent`: the zeros. A UNet that starts from nothing too has nothing to protect and learns sooner without."""
+        make, init = {"rngs": rngs, "precision": precision}, zero if silent else torch_uniform
         self.config = config
         self.trunk = Trunk(config.unet, **make)
-        self.hint = Hint(config, **make)
-        self.out = nnx.List(conv(width, width, 1, init=zero, **make) for width in config.unet.skip_channels)
+        self.hint = Hint(config, silent=silent, **make)
+        self.out = nnx.List(conv(width, width, 1, init=init, **make) for width in config.unet.skip_channels)
         width = config.unet.block_out_channels[-1]
-        self.middle_out = conv(width, width, 1, init=zero, **make)
+        self.middle_out = conv(width, width, 1, init=init, **make)
 
     def __call__(
         self,

@@ -108,7 +108,7 @@ class UNetConfig:
         return cls(
             in_channels=16,
             out_channels=16,
-            block_out_channels=(64, 96, 128),
+            block_out_channels=(48, 96, 128),
             heads=(2, 3, 4),
             attention=(False, True, True),
             layers_per_block=1,

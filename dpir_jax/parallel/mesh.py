@@ -51,7 +51,8 @@ def make_mesh(config: MeshConfig = MeshConfig(), devices: Sequence[jax.Device] |
     if free:
         if len(devices) % fixed:
             raise InputError(
-                f"the other axes of the mesh take {fixed} devices, which does not divide the {len(devices)} there are"
+                f"the other axes of the mesh take {fixed} devices, which does not divide the {len(devices)} there are; "
+                f"set {' x '.join(f'mesh.{name}' for name in sizes if name != free[0])} to a divisor of {len(devices)}"
             )
         sizes[free[0]] = len(devices) // fixed
     elif fixed != len(devices):

@@ -1,15 +1,18 @@
 """DaLPSR as a `System` that restores tiles."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
+from dpir_jax import model_folder
 from dpir_jax.diffusion.ddpm import DDPMSchedule
 from dpir_jax.diffusion.guidance import guided
 from dpir_jax.diffusion.schedule import FlowSchedule
@@ -18,9 +21,10 @@ from dpir_jax.models.irpad import IRPAD
 from dpir_jax.models.precision import Precision
 from dpir_jax.restore.irpad import DegradationReader
 from dpir_jax.restore.settings import Defaults
+from dpir_jax.restore.stages import Resident, Stage, Staged
 from dpir_jax.systems import irpad as irpad_system
 from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, Prompt
-from dpir_jax.systems.dalpsr_folder import read_dalpsr
+from dpir_jax.systems.dalpsr_folder import abstract_dalpsr, read_dalpsr
 from dpir_jax.systems.tokenizers import Tokenizer, filled, windows
 
 UNKNOWN = 1  # the interval that is assumed of every type where nothing reads the photo: 0.25~0.5
@@ -94,6 +98,13 @@ class RestoringDaLPSR:
         """The decoder."""
         return self.dalpsr.decode(latent)
 
+    def holding(self, networks: Mapping[str, nnx.Module]) -> "RestoringDaLPSR":
+        """The same system with these networks, by their names in the model folder."""
+        dalpsr = jax.tree.map(lambda leaf: leaf, self.dalpsr)
+        for name, network in networks.items():
+            setattr(dalpsr, name, network)
+        return dataclasses.replace(self, dalpsr=dalpsr)
+
     # --- prompts -----------------------------------------------------------------------------------------------------
 
     def degradation(self, pixels: Float[np.ndarray, "h w 3"], prompt: str | None) -> str | None:
@@ -130,7 +141,7 @@ class RestoringDaLPSR:
         ]
         degradations = [
             rows(degradation_prompt or "", 1, "the degradation prompt"),
-            captions[1][:1],  # the negative text takes the place of both
+            rows(negative, 1, "the negative prompt in the degradation prompt's place"),  # it takes the place of both
         ]
         count = max(map(len, captions))
         texts = [
@@ -155,8 +166,14 @@ class RestoringDaLPSR:
         prompts = [Prompt(each(texts.unet), each(texts.control), image) for texts in (scene.positive, scene.negative)]
         return Conditions(*prompts, self.dalpsr.controlnet.hint(pixels))
 
-    def control(self, lq_latent: Float[Array, "B T T C"]) -> None:
-        """Nothing: the photo enters by the hint."""
+    def prompts_structure(self, negative: bool) -> jax.tree_util.PyTreeDef:
+        """Of what `condition` returns; there is always a negative prompt."""
+        prompt = Prompt(0, 0, None if self.config.image_encoder is None else 0)
+        return jax.tree.structure(Conditions(prompt, prompt, 0))
+
+    def control(self, lq_latent: Float[Array, "B T T C"]) -> Float[Array, "B T T C"]:
+        """The latent itself, on which a residual flow goes; else the photo enters by the hint alone."""
+        return lq_latent
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 
@@ -177,13 +194,13 @@ class RestoringDaLPSR:
         z: Float[Array, "B T T C"],
         sigma: Float[Array, "B"],
         condition: Conditions,
-        control: None,
+        control: Float[Array, "B T T C"],
         guidance: Float[Array, ""],
     ) -> Float[Array, "B T T C"]:
         """The guided velocity of the flow; hint and image tokens stay in both halves."""
 
         def velocity(prompt: Prompt) -> Array:
-            return self.dalpsr.predict(z, sigma, prompt, condition.hint)[0]
+            return self.dalpsr.predict(z, sigma, prompt, condition.hint, control)[0]
 
         return guided(velocity, condition.positive, guidance, condition.negative, like=z)
 
@@ -192,7 +209,7 @@ class RestoringDaLPSR:
         z: Float[Array, "B T T C"],
         timestep: Int[Array, "B"],
         condition: Conditions,
-        control: None,
+        control: Float[Array, "B T T C"],
         guidance: Float[Array, ""],
     ) -> Float[Array, "B T T C"]:
         """The guided prediction on DDPM's path."""
@@ -213,6 +230,18 @@ def _read(dalpsr: DaLPSR, caption: Array, degradation: Array) -> Texts:
     return Texts(*(tokens[0] for tokens in dalpsr.route(caption, degradation)))
 
 
+def scene_shapes(dalpsr: DaLPSR) -> Scene:
+    """Shapes of a scene with as long a caption as there may be."""
+    config = dalpsr.config
+    rows = ((count, config.text.max_length) for count in (config.caption_windows, 1))
+    texts = jax.eval_shape(_read, dalpsr, *(jax.ShapeDtypeStruct(row, jnp.int32) for row in rows))
+    if config.image_encoder is None or config.image_view == "tile":
+        return Scene(texts, texts, None)
+    photo = jax.ShapeDtypeStruct((1, config.image_size, config.image_size, 3), jnp.float32)
+    image = jax.eval_shape(_look, dalpsr, photo)
+    return Scene(texts, texts, jax.ShapeDtypeStruct(image.shape[1:], image.dtype))
+
+
 def _square(photo: UInt8[np.ndarray, "H W 3"], size: int) -> Float[np.ndarray, "size size 3"]:
     """The whole photo at the image encoder's size, aspect not kept (as RAM has it), on the host: nothing compiles."""
     image = Image.fromarray(np.ascontiguousarray(photo)).resize((size, size), Image.Resampling.BILINEAR)
@@ -224,13 +253,40 @@ def _look(dalpsr: DaLPSR, photo: Array) -> Array | None:
     return dalpsr.look(photo)
 
 
-def load_dalpsr(folder: Path, config: dict[str, Any], precision: Precision, irpad: Path | None) -> RestoringDaLPSR:
+def needs(config: DaLPSRConfig) -> dict[Stage, tuple[str, ...]]:
+    """The networks of every stage."""
+    return {
+        "text": (),
+        "encode": ("autoencoder" if config.robust_encoder is None else "robust_encoder",),
+        "look": ("text_encoder", *("image_encoder",) * (config.image_encoder is not None), "controlnet"),
+        "sample": ("unet", "controlnet"),
+        "decode": ("autoencoder",),
+    }
+
+
+def load_dalpsr(folder: Path, config: dict[str, Any], precision: Precision, irpad: Path | None) -> Resident:
     """The system of a model folder whose `config.json` is `config`; `irpad`: IRPAD's model folder.
 
     Raises:
       InputError: as for `read_dalpsr` and `read_irpad`; an IRPAD of other types or intervals.
     """
-    dalpsr, tokenizer = read_dalpsr(folder, config, precision)
+    return Resident(_with_reader(*read_dalpsr(folder, config, precision), folder, irpad))
+
+
+def stage_dalpsr(folder: Path, config: dict[str, Any], precision: Precision, irpad: Path | None) -> Staged:
+    """The same with networks that come and go, IRPAD apart; 16-bit weights stay so, whatever is computed in.
+
+    Each file is compared with the manifest when it is read.
+    """
+    dalpsr, tokenizer = abstract_dalpsr(folder, config, precision)
+
+    def read(name: str) -> nnx.Module:
+        return model_folder.load_network(folder, name, getattr(dalpsr, name), as_stored=True)
+
+    return Staged(_with_reader(dalpsr, tokenizer, folder, irpad), needs(dalpsr.config), read)
+
+
+def _with_reader(dalpsr: DaLPSR, tokenizer: Tokenizer, folder: Path, irpad: Path | None) -> RestoringDaLPSR:
     if irpad is None:
         return RestoringDaLPSR(dalpsr, None, tokenizer)
     network = irpad_system.read_irpad(irpad)

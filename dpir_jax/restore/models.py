@@ -15,7 +15,7 @@ from dpir_jax.errors import InputError
 from dpir_jax.files import sha256
 from dpir_jax.models.precision import Precision
 from dpir_jax.restore.settings import Defaults, Settings
-from dpir_jax.restore.stages import LOADING, Resident, Stages, memory_bytes
+from dpir_jax.restore.stages import LOADING, Stages, memory_bytes
 
 EMBEDDED = Path(dpir_jax.pretrained.__file__).parent
 DEFAULT = "dpir-nano"
@@ -24,13 +24,15 @@ DTYPES = ("float32", "bfloat16")
 
 @dataclasses.dataclass(frozen=True)
 class ModelInfo:
-    """Where the weights come from. `sha256`: of the manifest, which holds every file's. `bytes`: of all files."""
+    """Where the weights come from. `sha256`: of the manifest, which holds every file's. `bytes`: of all files. `irpad`:
+    `sha256` of what reads the degradation for it."""
 
     name: str
     folder: str | None = None
     sha256: str | None = None
     bytes: int | None = None
     description: str | None = None
+    irpad: str | None = None
 
 
 def embedded_models() -> list[ModelInfo]:
@@ -92,13 +94,15 @@ def load_system(
         model_folder.verify(folder, *(n for n in model_folder.listed(folder) if text or n != "t5.safetensors"))
         return dpir.load_dpir(folder, config, precision, text=text), defaults, schedule
     if config.get("system") == "dalpsr":
-        from dpir_jax.restore.dalpsr import dalpsr_defaults, load_dalpsr
+        from dpir_jax.restore import dalpsr
 
-        if loading == "always" or not text:
-            raise InputError("stage_loading always and text none are for dpir models; this one is dalpsr")
-        model_folder.verify(folder)
-        system = load_dalpsr(folder, config, precision, _irpad_folder(folder, config.get("irpad")))
-        return Resident(system), *dalpsr_defaults(system.config, defaults, schedule)
+        if not text:
+            raise InputError("text none is for dpir models; this one is dalpsr")
+        staged = loading == "always" or (loading == "auto" and _is_large(folder, dtype, text))
+        model_folder.verify(folder, *_others(folder))
+        load = dalpsr.stage_dalpsr if staged else dalpsr.load_dalpsr
+        stages = load(folder, config, precision, _irpad_folder(folder, config.get("irpad")))
+        return stages, *dalpsr.dalpsr_defaults(stages.system.config, defaults, schedule)
     raise InputError(f"{folder} holds the system {config.get('system')!r}; `restore` knows dpir and dalpsr")
 
 
@@ -117,7 +121,17 @@ def _irpad_folder(folder: Path, named: str | None) -> Path | None:
     """The IRPAD inside of a model folder, or the one that it names, if any."""
     if (folder / "irpad" / "config.json").is_file():
         return folder / "irpad"
-    return None if named is None else find_model(named)
+    try:
+        return None if named is None else find_model(named)
+    except InputError as error:
+        raise InputError(f"{folder / 'config.json'}, 'irpad': {error}") from error
+
+
+def with_reader(info: ModelInfo) -> ModelInfo:
+    """A model that can be loaded, with the sum of its IRPAD, on which its pictures depend too."""
+    folder = Path(info.folder)
+    reader = _irpad_folder(folder, model_folder.read_config(folder).get("irpad"))
+    return info if reader is None else dataclasses.replace(info, irpad=sha256(reader / "manifest.json"))
 
 
 def model_settings(folder: Path, values: dict[str, Any]) -> tuple[Defaults, FlowSchedule]:

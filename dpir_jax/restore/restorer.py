@@ -29,7 +29,7 @@ from dpir_jax.errors import InputError
 from dpir_jax.files import sha256
 from dpir_jax.images import Photo, to_float, to_uint8, write_png
 from dpir_jax.restore import color, compilation_cache, record
-from dpir_jax.restore.models import ModelInfo, describe, find_model, load_system
+from dpir_jax.restore.models import ModelInfo, describe, find_model, load_system, with_reader
 from dpir_jax.restore.noise import canvas_noise
 from dpir_jax.restore.prompt_cache import PromptCache
 from dpir_jax.restore.settings import Defaults, Settings
@@ -459,6 +459,7 @@ class _Job:
             return [], None
         texts = self.settings.prompt, self.settings.negative_prompt
         parts = {"photo": hashlib.sha256(photo.tobytes()).hexdigest(), "size": self.shape, "texts": texts}
+        parts |= {} if self.degradation is None else {"degradation": self.degradation}
         keys = [self.cache.key(kind="tile", window=window, **parts) for window in self.pixel_plan.windows]
         return keys, structure(texts[1] is not None)
 
@@ -583,6 +584,6 @@ def load(
     default = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     name = dtype if isinstance(dtype, str) else jnp.dtype(dtype or default).name
     stages, defaults, schedule = load_system(folder, name, loading=stage_loading, text=text)
-    model = describe(folder)
+    model = with_reader(describe(folder))
     settings = {"defaults": defaults, "schedule": schedule, "tile": tile, "dtype": name}
     return Restorer(stages, model=model, prompt_cache=prompt_cache, **settings)

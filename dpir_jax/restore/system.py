@@ -128,8 +128,8 @@ _structure = functools.cache(_Structure)
 class Frozen:
     """A system flattened once, as the argument of what is compiled.
 
-    Where the system has shapes instead of weights the leaf is None: what needs it must not be asked for. On a CPU
-    bfloat16 is held as its bits, see `layers.pack`.
+    Where the system has shapes instead of weights the leaf is None: what needs it must not be asked for. A shape with a
+    sharding stays, to be compiled with. On a CPU bfloat16 is held as its bits, see `layers.pack`.
     """
 
     leaves: list[Array | None]
@@ -149,9 +149,9 @@ class Frozen:
         return jax.tree.map(_unpacked, system, is_leaf=lambda node: isinstance(node, nnx.Variable))
 
 
-def _held(leaf: Array | jax.ShapeDtypeStruct) -> Array | None:
+def _held(leaf: Array | jax.ShapeDtypeStruct) -> Array | jax.ShapeDtypeStruct | None:
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return None
+        return None if leaf.sharding is None else leaf
     return pack(leaf) if jax.default_backend() == "cpu" else leaf
 
 

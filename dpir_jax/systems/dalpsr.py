@@ -9,9 +9,10 @@ Which text goes where is the paper's figure; `routing` has two others. What `out
 `objective`: noise or velocity on DDPM's, or the velocity of a rectified flow. Sampling along DDPM's path starts at
 the low-quality latent, noised to the last training level (SeeSR, arXiv 2311.16518).
 
-With a rectified flow two more switches, as in `systems.dpir`: `flow="residual"` lets the flow run on what a
-degradation-robust encoder E_dr left undone, and `prediction="x0"` reads the network's output as z_0 itself. A system
-whose UNet's last layer is zero (`models.layers.silence`) then returns D(E_dr(x_lq)) exactly.
+With a rectified flow two more switches, as in `systems.dpir`: `flow="residual"` lets the flow run on what the photo's
+encoder (E, or a degradation-robust E_dr) left undone, the UNet looking at its latent, noised by as much as that errs;
+`prediction="x0"` reads the network's output as z_0 itself. A system whose UNet's last layer is zero
+(`models.layers.silence`) then returns what that encoder sees, D(E(x_lq)), exactly.
 """
 
 import dataclasses
@@ -128,13 +129,12 @@ class DaLPSRConfig:
 
     @classmethod
     def nano(cls) -> "DaLPSRConfig":
-        """The embedded model: dpir-nano's autoencoder and E_dr, all else small and trained together."""
+        """The embedded model: dpir-nano's autoencoder, the rest small and trained together; as in the paper no E_dr."""
         unet = UNetConfig.nano()
         return cls(
             autoencoder=PatchAutoencoderConfig.nano(),
-            robust_encoder=PatchAutoencoderConfig.nano_robust(),
             unet=unet,
-            controlnet=ControlNetConfig(dataclasses.replace(unet, image_context_dim=64), hint_channels=(16, 32, 64)),
+            controlnet=ControlNetConfig(dataclasses.replace(unet, image_context_dim=64), hint_channels=(8, 16, 32)),
             text=CLIPTextConfig.nano(),
             image_encoder=CLIPVisionConfig.nano(),
             image_view="tile",
@@ -256,12 +256,12 @@ class DaLPSR(nnx.Module):
 
     def encode_hq(self, image: Float[Array, "B H W 3"], key: jax.Array | None = None) -> Float[Array, "B h w C"]:
         """Scaled latent of a good picture in [0, 1]: a sample with a key, else the mode."""
-        return self._scaled(*self.autoencoder.encode(2 * image - 1), key)
+        return self.scaled(*self.autoencoder.encode(2 * image - 1), key)
 
     def encode_lq(self, image: Float[Array, "B H W 3"], key: jax.Array | None = None) -> Float[Array, "B h w C"]:
         """Scaled latent of a bad picture in [0, 1] at the target size, by E_dr where there is one."""
         robust = self.config.robust_encoder is not None
-        return self._scaled(*(self.robust_encoder if robust else self.autoencoder.encode)(2 * image - 1), key)
+        return self.scaled(*(self.robust_encoder if robust else self.autoencoder.encode)(2 * image - 1), key)
 
     def encode_pair(
         self, lq: Float[Array, "B H W 3"], hq: Float[Array, "B H W 3"], key: jax.Array | None = None
@@ -270,9 +270,12 @@ class DaLPSR(nnx.Module):
         if self.config.robust_encoder is not None:
             return self.encode_lq(lq), self.encode_hq(hq, key)
         means, logvars = jax.lax.map(lambda image: self.autoencoder.encode(2 * image - 1), jnp.stack([lq, hq]))
-        return self._scaled(means[0], logvars[0], None), self._scaled(means[1], logvars[1], key)
+        return self.scaled(means[0], logvars[0], None), self.scaled(means[1], logvars[1], key)
 
-    def _scaled(self, mean: jax.Array, logvar: jax.Array, key: jax.Array | None) -> jax.Array:
+    def scaled(
+        self, mean: Float[Array, "B h w C"], logvar: Float[Array, "B h w C"], key: jax.Array | None = None
+    ) -> Float[Array, "B h w C"]:
+        """The scaled latent of an encoder's output: a sample with a key, else the mode."""
         latent = mean if key is None else mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape, mean.dtype)
         return (latent - self.config.autoencoder.shift_factor) * self.config.autoencoder.scaling_factor
 
@@ -336,10 +339,15 @@ class DaLPSR(nnx.Module):
         return self.unet(z, timestep, prompt.unet, image(sizes[1]), control)
 
     def predict(
-        self, z: Float[Array, "B h w C"], sigma: Float[Array, "B"], prompt: Prompt, hint: Float[Array, "B h w D"]
+        self,
+        z: Float[Array, "B h w C"],
+        sigma: Float[Array, "B"],
+        prompt: Prompt,
+        hint: Float[Array, "B h w D"],
+        lq_latent: Float[Array, "B h w C"],
     ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
         """Along the flow: velocity dz/dsigma and the estimate of z_0, one from the other by z_0 = z - sigma v."""
-        output = self.output(z, 1000 * sigma, prompt, hint)
+        output = self.output(self.from_flow(z, lq_latent), 1000 * sigma, prompt, hint)
         sigma = jnp.maximum(sigma, MIN_SIGMA)[:, None, None, None]
         if self.config.prediction == "velocity":
             return output, z - sigma * output

@@ -85,19 +85,20 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
                 files.write_bytes(folder / path.name, path.read_bytes())
 
 
-def read_dalpsr(folder: Path, config: Mapping[str, Any], precision: Precision = FLOAT32) -> tuple[DaLPSR, Tokenizer]:
-    """Reads every network of the system, checked against the manifest; `config`: the folder's `config.json`.
+def abstract_dalpsr(
+    folder: Path, config: Mapping[str, Any], precision: Precision = FLOAT32
+) -> tuple[DaLPSR, Tokenizer]:
+    """The system with shapes in the place of its networks' weights; `config`: the folder's `config.json`.
 
     Raises:
-      InputError: a file is missing, damaged or does not fit.
+      InputError: the config is not that of a DaLPSR, or the tokenizer is missing or does not fit.
     """
     settings = from_json(config.get("config"), CONFIGS)
     if not isinstance(settings, DaLPSRConfig):
         raise InputError(f"{folder / 'config.json'} holds no DaLPSRConfig under 'config'")
-    abstract = {
+    networks = {
         name: nnx.eval_shape(lambda make=make: make(Keys(0))) for name, make in makers(settings, precision).items()
     }
-    networks = {name: model_folder.load_network(folder, name, network) for name, network in abstract.items()}
     dalpsr = DaLPSR(settings, networks=networks)
     scale = np.asarray(config.get("residual_scale", [1.0] * settings.unet.in_channels), np.float32)
     if scale.shape != (settings.unet.in_channels,):
@@ -106,6 +107,18 @@ def read_dalpsr(folder: Path, config: Mapping[str, Any], precision: Precision = 
     if not (folder / TOKENIZER).is_dir():
         raise InputError(f"the model folder {folder} has no {TOKENIZER}")
     return dalpsr, fitting(read_tokenizer(folder / TOKENIZER), settings, folder)
+
+
+def read_dalpsr(folder: Path, config: Mapping[str, Any], precision: Precision = FLOAT32) -> tuple[DaLPSR, Tokenizer]:
+    """Reads every network of the system, checked against the manifest; `config`: the folder's `config.json`.
+
+    Raises:
+      InputError: as for `abstract_dalpsr`; a file is missing, damaged or does not fit.
+    """
+    dalpsr, tokenizer = abstract_dalpsr(folder, config, precision)
+    for name, network in dalpsr.networks().items():
+        setattr(dalpsr, name, model_folder.load_network(folder, name, network))
+    return dalpsr, tokenizer
 
 
 def fitting(tokenizer: Tokenizer, config: DaLPSRConfig, folder: Path) -> Tokenizer:

@@ -37,6 +37,9 @@ class Tokenizer(Protocol):
     def ids(self, text: str) -> list[int]:
         """The text's own tokens."""
 
+    def passed_over(self, text: str) -> str | None:
+        """What of the text has no token, in words for a warning; None where all has."""
+
 
 @dataclasses.dataclass(frozen=True)
 class WordTokenizer:
@@ -59,12 +62,15 @@ class WordTokenizer:
 
     def ids(self, text: str) -> list[int]:
         """One id per known word."""
-        found = WORD.findall(text.lower())
-        unknown = [word for word in dict.fromkeys(found) if word not in self.words]
-        if unknown:
-            some = ", ".join(unknown[:5]) + (" ..." if len(unknown) > 5 else "")
-            log.warning("this model knows %d words and passes over: %s", len(self.words), some)
-        return [self.first + self.words.index(word) for word in found if word in self.words]
+        return [self.first + self.words.index(word) for word in WORD.findall(text.lower()) if word in self.words]
+
+    def passed_over(self, text: str) -> str | None:
+        """The first unknown words."""
+        unknown = [word for word in dict.fromkeys(WORD.findall(text.lower())) if word not in self.words]
+        if not unknown:
+            return None
+        some = ", ".join(unknown[:5]) + (" ..." if len(unknown) > 5 else "")
+        return f"this model knows {len(self.words)} words and passes over: {some}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +89,9 @@ class CLIPTokenizer:
     def ids(self, text: str) -> list[int]:
         """Byte pairs."""
         return list(hugging_face_tokenizer(self.folder)(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def passed_over(self, text: str) -> None:
+        """Nothing: bytes spell everything."""
 
 
 @functools.cache
@@ -127,7 +136,7 @@ def read_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def windows(tokenizer: Tokenizer, text: str, length: int, most: int, *, what: str = "the prompt") -> list[list[int]]:
-    """Rows of `length` ids, at least one, at most `most`; what does not fit is cut and logged as a warning.
+    """Rows of `length` ids, at least one, at most `most`; what does not fit or has no token is said in one warning.
 
     Args:
       tokenizer: of the text tower.
@@ -136,10 +145,14 @@ def windows(tokenizer: Tokenizer, text: str, length: int, most: int, *, what: st
       most: rows.
       what: the text's name in the warning.
     """
-    tokens, room = tokenizer.ids(" ".join(text.split())), length - 2
+    text = " ".join(text.split())
+    tokens, room, unknown = tokenizer.ids(text), length - 2, tokenizer.passed_over(text)
+    notes = [unknown] if unknown else []
     if len(tokens) > most * room:
-        log.warning("%s has %d tokens; this model reads the first %d", what, len(tokens), most * room)
+        notes.insert(0, f"{what} has {len(tokens)} tokens; this model reads the first {most * room}")
         tokens = tokens[: most * room]
+    if notes:
+        log.warning("%s", "; ".join(notes))
     rows = [tokens[start : start + room] for start in range(0, max(len(tokens), 1), room)]
     return [[tokenizer.begin, *row, tokenizer.end] + [tokenizer.pad] * (room - len(row)) for row in rows]
 

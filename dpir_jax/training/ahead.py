@@ -5,7 +5,6 @@ read. On the devices that are there the same step can also be run (`measure`).
 """
 
 import dataclasses
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,40 +16,21 @@ from jax.sharding import Mesh
 
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import use_attention_backend
-from dpir_jax.parallel import hlo
-from dpir_jax.parallel.flops import count_flops
-from dpir_jax.parallel.roofline import roofline
-from dpir_jax.parallel.sharding import batch_sharding, replicated
-from dpir_jax.parallel.topologies import GENERATIONS, GIB, Chip, Topology, devices, without_cache
+from dpir_jax.parallel.compiled import Program, report
+from dpir_jax.parallel.mesh import MeshConfig
+from dpir_jax.parallel.sharding import PRESETS, batch_sharding, replicated
+from dpir_jax.parallel.topologies import GENERATIONS, Chip, Topology, devices
 from dpir_jax.training.config import Recipe
 from dpir_jax.training.layout import candidates, make_layout
-from dpir_jax.training.state import TrainState, abstract_state, device_bytes
+from dpir_jax.training.state import abstract_state
 from dpir_jax.training.step import make_train_step
 from dpir_jax.training.task import Task
 
 MEASURED_STEPS = 5
-MEMORY_KINDS = ("parameters", "optimizer", "ema", "frozen", "batch", "activations", "program")
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+MOST_DOUBLINGS = 16
 
 
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A step with the shapes and places of its arguments."""
-
-    function: Any
-    state: TrainState
-    batch: Mapping[str, jax.ShapeDtypeStruct]
-    key: jax.ShapeDtypeStruct
-    mesh: Mesh
-    sharding: str
-
-    @property
-    def samples(self) -> int:
-        """Of the global batch."""
-        return next(iter(self.batch.values())).shape[0]
-
-
-def abstract_step(recipe: Recipe, where: Sequence[jax.Device], memory: float | None = None) -> Step:
+def abstract_step(recipe: Recipe, where: Sequence[jax.Device], memory: float | None = None) -> Program:
     """The recipe's step on devices, which may be those of a topology. `memory`: of one, for `sharding = "auto"`.
 
     Raises:
@@ -64,7 +44,16 @@ def abstract_step(recipe: Recipe, where: Sequence[jax.Device], memory: float | N
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=replicated(mesh))
     function = make_train_step(task, config, networks, mesh, shardings, rules)
-    return Step(function, state, _abstract_batch(recipe, task, mesh), key, mesh, config.sharding)
+    batch = _abstract_batch(recipe, task, mesh)
+    kinds = {
+        "parameters": (state.params, state.adversary),
+        "optimizer": (state.optimizer, state.adversary_optimizer),
+        "ema": state.ema,
+        "frozen": state.frozen,
+        "batch": batch,
+    }
+    chosen = next(name for name, known in PRESETS.items() if known is rules)
+    return Program(function, (state, batch, key), kinds, mesh, chosen, config.batch)
 
 
 def _abstract_batch(recipe: Recipe, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -109,104 +98,37 @@ def with_batch(recipe: Recipe, batch_per_chip: int | None, chips: int, **setting
     return dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch=batch, **settings))
 
 
-def report(step: Step, chip: Chip | None) -> tuple[dict[str, Any], Any]:
-    """Compiles a step and says what it takes; also the compiled program, None where the compiler found no room for it.
-
-    `chip` None: of unknown speed and memory.
-    """
-    started, cpu = time.perf_counter(), time.process_time()
-    traced = step.function.trace(step.state, step.batch, step.key)
-    lowered = traced.lower()
-    tracing = time.perf_counter() - started
-    chips = step.mesh.size
-    flops = count_flops(traced.jaxpr) / chips
-    compiled, refused = None, None
-    try:
-        with without_cache():
-            compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if _OUT_OF_MEMORY not in str(error):
-            raise
-        refused = str(error)
-    seconds = {"trace": tracing, "compile": time.perf_counter() - started - tracing, "cpu": time.process_time() - cpu}
-    memory = _memory(step, compiled, refused, chip)
-    result: dict[str, Any] = {
-        "fits": compiled is not None and (chip is None or memory["total"] <= memory["available"]),
-        "chip": chip.name if chip else jax.devices()[0].device_kind,
-        "chips": chips,
-        "mesh": dict(step.mesh.shape),
-        "sharding": step.sharding,
-        "batch": step.samples,
-        "batch_per_chip": step.samples / chips,
-        "memory_per_chip": memory,
-        "flops_per_chip": flops,
-    }
-    if compiled is not None:
-        moved = hlo.traffic(compiled.as_text())
-        sent = sum(moved.collectives.values())
-        result |= {
-            "collectives_per_chip": dict(sorted(moved.collectives.items())) | {"total": sent},
-            "memory_traffic_per_chip": moved.memory,
-            "loops_of_unknown_length": moved.unknown_loops,
-        }
-        if chip:
-            line = roofline(chip, flops, moved.memory, sent)
-            result["roofline"] = dataclasses.asdict(line) | {
-                "step": line.step,
-                "bound": line.bound,
-                "images_per_second_per_chip": step.samples / chips / line.step,
-            }
-    return result | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}, compiled
-
-
-def _memory(step: Step, compiled: Any, refused: str | None, chip: Chip | None) -> dict[str, float]:
-    """Bytes per chip by kind. Where the compiler gave up, `total` is what it says it would have needed at least."""
-    state = step.state
-    kinds = {
-        "parameters": device_bytes((state.params, state.adversary)),
-        "optimizer": device_bytes((state.optimizer, state.adversary_optimizer)),
-        "ema": device_bytes(state.ema),
-        "frozen": device_bytes(state.frozen),
-        "batch": device_bytes(dict(step.batch)),
-    }
-    if compiled is not None:
-        found = compiled.memory_analysis()
-        kinds["activations"] = found.temp_size_in_bytes
-        kinds["program"] = found.generated_code_size_in_bytes
-        used = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
-        kinds["total"] = used + found.temp_size_in_bytes + found.generated_code_size_in_bytes
-    else:
-        kinds["total"] = needed(refused, sum(kinds.values()))
-    return kinds | ({"available": chip.memory} if chip else {})
-
-
-def needed(message: str, arguments: float) -> float:
-    """Bytes that a program would need, from the compiler's refusal; `arguments`: bytes of its arguments."""
-    units = {"K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
-    if used := re.search(r"Used ([\d.]+)([KMGT]) of", message):
-        return float(used[1]) * units[used[2]]
-    if used := re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", message):
-        return float(used[1]) * units[used[2]] + arguments
-    raise ValueError(f"the compiler ran out of memory and did not say how much it wanted: {message.splitlines()[0]}")
-
-
 # --- searching -------------------------------------------------------------------------------------------------------
 
 
 def search(recipe: Recipe, topology: Topology, batch_per_chip: int = 1) -> Iterator[dict[str, Any]]:
-    """Compiles every preset with doubled batches until one does not fit; yields each report.
+    """Looks for the best preset and its largest batch; yields each report, of which `best(reports)` is the answer.
 
-    Starts at `batch_per_chip`. The best is the one with most images per second at the roofline: `best(reports)`.
+    Every preset is compiled with doubled batches, from `batch_per_chip` on, until one does not fit. Between the last
+    that did and the first that did not, the best preset's largest batch is found by bisection.
     """
-    where = list(devices(topology))
-    for name, mesh in candidates(len(where), batch_per_chip * len(where)):
-        for doubling in range(16):
-            batch = batch_per_chip * 2**doubling
-            changed = with_batch(recipe, batch, len(where), sharding=name, mesh=mesh)
-            found = compile_for(changed, topology, batch)
-            yield found
-            if not found["fits"]:
+    chips, found = topology.chips, []
+    for name, mesh in candidates(chips, batch_per_chip * chips):
+        for doubling in range(MOST_DOUBLINGS):
+            found.append(_try(recipe, topology, batch_per_chip * 2**doubling, name, mesh))
+            yield found[-1]
+            if not found[-1]["fits"]:
                 break
+    if (top := best(found)) is None:
+        return
+    same = [each for each in found if each["sharding"] == top["sharding"]]
+    low = max(each["batch_per_chip"] for each in same if each["fits"])
+    high = min((each["batch_per_chip"] for each in same if not each["fits"]), default=low + 1)
+    mesh = next(mesh for name, mesh in candidates(chips, batch_per_chip * chips) if name == top["sharding"])
+    while high - low > 1:
+        middle = int(low + high) // 2
+        yield (tried := _try(recipe, topology, middle, top["sharding"], mesh))
+        low, high = (middle, high) if tried["fits"] else (low, middle)
+
+
+def _try(recipe: Recipe, topology: Topology, batch_per_chip: int, sharding: str, mesh: MeshConfig) -> dict[str, Any]:
+    changed = with_batch(recipe, batch_per_chip, topology.chips, sharding=sharding, mesh=mesh)
+    return compile_for(changed, topology, batch_per_chip)
 
 
 def best(reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -246,8 +168,9 @@ def measure(recipe: Recipe, batch_per_chip: int | None = None) -> dict[str, Any]
     result, compiled = report(step, chip)
     if compiled is None:
         return result
-    state, batch = _filled((step.state, step.batch))
-    key = jax.device_put(jax.random.key(0), step.key.sharding)
+    *arrays, key = step.arguments
+    state, batch = _filled(arrays)
+    key = jax.device_put(jax.random.key(0), key.sharding)
     times = []
     for _ in range(1 + MEASURED_STEPS):
         started = time.perf_counter()
@@ -272,43 +195,3 @@ def _filled(tree: Any) -> Any:
         return jax.tree.map(of, tree)
 
     return jax.jit(fill, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, tree))()
-
-
-# --- for people ------------------------------------------------------------------------------------------------------
-
-
-def describe(result: Mapping[str, Any]) -> str:
-    """A report as a few lines of text."""
-    memory = result["memory_per_chip"]
-    mesh = " x ".join(f"{name} {size}" for name, size in result["mesh"].items() if size > 1) or "one device"
-    lines = [
-        f"{result.get('name', 'here')}: {result['chips']} x {result['chip']}, {result['sharding']} on {mesh}, "
-        f"{result['batch_per_chip']:g} images a chip"
-    ]
-    parts = ", ".join(f"{kind} {memory[kind] / GIB:.2f}" for kind in MEMORY_KINDS if kind in memory)
-    if "available" in memory:
-        spare = (memory["available"] - memory["total"]) / GIB
-        verdict = f"fits, {spare:.2f} GiB to spare" if result["fits"] else f"does not fit, {-spare:.2f} GiB too much"
-        lines.append(f"{verdict}: {memory['total'] / GIB:.2f} of {memory['available'] / GIB:.2f} GiB a chip ({parts})")
-    else:
-        lines.append(f"{memory['total'] / GIB:.2f} GiB a device ({parts})")
-    lines.append(f"{result['flops_per_chip'] / 1e12:.4g} TFLOP a chip and step")
-    if sent := result.get("collectives_per_chip"):
-        kinds = ", ".join(f"{kind} {amount / 1e9:.3g}" for kind, amount in sent.items() if kind != "total")
-        lines.append(f"{sent['total'] / 1e9:.3g} GB sent a chip and step" + (f" ({kinds})" if kinds else ""))
-        lines.append(f"{result['memory_traffic_per_chip'] / 1e9:.4g} GB through memory a chip and step")
-    if line := result.get("roofline"):
-        times = ", ".join(f"{kind} {1e3 * line[kind]:.1f}" for kind in ("compute", "memory", "network"))
-        lines.append(
-            f"roofline: {1e3 * line['step']:.1f} ms a step, bound by {line['bound']} (ms: {times}), "
-            f"{line['images_per_second_per_chip']:.3g} images/s a chip"
-        )
-    if speed := result.get("measured"):
-        share = f", {100 * speed['utilization']:.0f} % of the peak" if "utilization" in speed else ""
-        lines.append(
-            f"measured: {1e3 * speed['step']:.1f} ms a step, "
-            f"{speed['images_per_second_per_chip']:.3g} images/s a chip{share}"
-        )
-    seconds = result["seconds"]
-    lines.append(f"traced in {seconds['trace']:.1f} s, compiled in {seconds['compile']:.1f} s")
-    return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -39,13 +40,14 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int = 1) -> None:
-        training = ocp.training
-        self._checkpointer = training.Checkpointer(
-            Path(folder).absolute(),
-            preservation_policy=training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
+        self._folder, self._keep = Path(folder).absolute(), keep
         self._frozen: str | None = None
+
+    @functools.cached_property
+    def _checkpointer(self) -> ocp.training.Checkpointer:
+        """Opened when it is first needed: it makes the folder."""
+        policy = ocp.training.preservation_policies.LatestN(self._keep)
+        return ocp.training.Checkpointer(self._folder, preservation_policy=policy, cleanup_tmp_directories=True)
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -53,8 +55,9 @@ class Checkpoints:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         if isinstance(error, LostProcess):
             return  # the processes write together: an unfinished checkpoint will never be whole
-        with self._writable():
-            self._checkpointer.close()
+        if "_checkpointer" in self.__dict__:
+            with self._writable():
+                self._checkpointer.close()
 
     @property
     def latest(self) -> int | None:
@@ -65,6 +68,11 @@ class Checkpoints:
     def recipe(self) -> Recipe:
         """The recipe of the newest checkpoint."""
         return Recipe.from_json(self._about()["recipe"])
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises `InputError` if there are checkpoints of a run that this recipe does not go on with."""
+        if self._folder.is_dir() and self.latest is not None:
+            self._check_recipe(self._about()["recipe"], recipe.to_json())
 
     def save(self, step: int, state: TrainState, recipe: Recipe, position: Any) -> None:
         """Starts to write; returns when the state may be donated. `position`: the data iterator's, JSON or bytes."""
@@ -96,7 +104,8 @@ class Checkpoints:
         _check_arrays(about["arrays"], _describe(state))
         if about["frozen"] != self._fingerprint(state):
             raise InputError(
-                f"{self._checkpointer.directory}: the run was trained beside other frozen weights than these"
+                f"{self._checkpointer.directory}: the run was trained beside other frozen weights than these; "
+                "start it from the folder that it began with, or take another --workdir"
             )
         leaves = _flat(state)
         abstract = {k: jax.ShapeDtypeStruct(v.shape, v.dtype, sharding=v.sharding) for k, v in leaves.items()}
@@ -169,7 +178,10 @@ def _check_arrays(old: dict[str, list], new: dict[str, list]) -> None:
     for name in sorted(set(old) | set(new)):
         before, now = old.get(name, "absent"), new.get(name, "absent")
         if before != now:
-            raise InputError(f"the checkpoint is of another network: {name} is {before} there and {now} here")
+            raise InputError(
+                f"the checkpoint is of another network: {name} is {before} there and {now} here; "
+                "train the network that it is of, or take another --workdir"
+            )
 
 
 def _first_difference(name: str, old: Any, new: Any) -> tuple[str, Any, Any]:

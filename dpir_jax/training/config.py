@@ -12,6 +12,7 @@ A recipe is a file with `get_config(stage=...) -> ConfigDict`. Its top-level fie
 
 import ast
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -92,7 +93,10 @@ class TrainConfig:
             self._need(getattr(self, name) in choices, name, " or ".join(map(repr, choices)))
         self._need(self.batch % self.accumulate == 0, "accumulate", f"a divisor of batch ({self.batch})")
         if self.sharding == "auto" and self.mesh != MeshConfig():
-            raise InputError("config.sharding is 'auto', which makes the mesh too; leave config.mesh out of the recipe")
+            raise InputError(
+                "config.sharding is 'auto', which makes the mesh too; leave config.mesh out of the recipe, or set "
+                "config.mesh.data to -1 and its other axes to 1"
+            )
         self._need(self.warmup_steps <= self.steps, "warmup_steps", f"at most steps ({self.steps})")
         self._need(self.end_lr <= self.learning_rate, "end_lr", f"at most learning_rate ({self.learning_rate})")
         left = self.steps - self.warmup_steps
@@ -275,8 +279,15 @@ def _override(config: ConfigDict, dotted: str, text: str) -> None:
     elif name in config and not isinstance(config[name], ConfigDict):
         kind_of = config.get_type(name)  # also that of a placeholder, whose value is None
         expected = kind_of if config[name] is not None or kind_of is types.NoneType else kind_of | None
+    elif name in config and text.lower() == "none":  # a whole section is left out
+        expected = types.NoneType
+    elif name in config:
+        raise InputError(f"--config.{dotted}={text}: a section; none leaves it out, or set {', '.join(config[name])}")
     else:
-        raise InputError(f"--config.{dotted}: the recipe has no such setting")
+        known = sorted({*config, *(_fields(kind) if kind is not None and dataclasses.is_dataclass(kind) else ())})
+        close = difflib.get_close_matches(name, known, n=1)
+        there = f"did you mean {close[0]}?" if close else f"there are {', '.join(known)}"
+        raise InputError(f"--config.{dotted}: the recipe has no such setting; {there}")
     try:
         value = _parse(text, _members(expected))
     except (ValueError, SyntaxError) as error:

@@ -31,9 +31,10 @@ from dpir_jax.diffusion.flow import interpolate, velocity_loss
 from dpir_jax.diffusion.samplers import euler
 from dpir_jax.diffusion.schedule import FlowSchedule, draw_time
 from dpir_jax.errors import InputError
-from dpir_jax.models.controlnet import start_from
+from dpir_jax.models.controlnet import ControlNet, start_from
 from dpir_jax.models.irpad import IRPAD
 from dpir_jax.models.layers import Keys, silence
+from dpir_jax.models.patch_autoencoder import PatchAutoencoderConfig, PatchEncoder
 from dpir_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from dpir_jax.models.ram import RAMConfig
 from dpir_jax.systems import irpad as irpad_system
@@ -135,12 +136,21 @@ class Texts(nnx.Module):
 
 
 class DaLPSRModel(nnx.Module):
-    """The whole system and its texts; IRPAD and the critics where they are needed."""
+    """The whole system and its texts; IRPAD, the teacher and the critics where they are needed."""
 
-    def __init__(self, system: DaLPSR, texts: Texts, irpad: IRPAD | None, critics: Critics | None) -> None:
+    def __init__(
+        self,
+        system: DaLPSR,
+        texts: Texts,
+        irpad: IRPAD | None,
+        teacher: PatchEncoder | None,
+        critics: Critics | None,
+    ) -> None:
         self.system, self.texts = system, texts
         if irpad is not None:
             self.irpad = irpad
+        if teacher is not None:
+            self.teacher = teacher
         if critics is not None:
             self.critics = critics
 
@@ -150,7 +160,8 @@ class DaLPSRTask:
     """How DaLPSR is trained.
 
     Attributes:
-      system: "nano", "sd2", "seesr" or "tiny". `objective`, `routing`: other than the system's own.
+      system: "nano", "sd2", "seesr" or "tiny".
+      objective, routing, types, intervals: other than the system's own.
       init_from: a model folder; every network found in it is read. The autoencoder, E_dr, and what is frozen must be.
       train: "control" or "joint", see above. `mixed`: frozen networks in bfloat16, trained ones compute in it.
       recipes: of the degradation, the batch split evenly among them; `scale`.
@@ -160,6 +171,8 @@ class DaLPSRTask:
       caption_dropout, degradation_dropout: how often, independently, a text gives way to none.
       time, shift, start_share: of a flow: the draw of its time, its shift, the share of samples at sigma 1.
       loss_kind: of a flow: on the estimate of z_0 ("x0") or on the velocity.
+      teacher: a model folder whose E_dr makes the clean latent out of the bad photo, in place of the original's: what a
+        trained E_dr knows is learned from it in far fewer steps than from originals.
       flow_weight: of the objective; `picture`: extra terms on the decoded estimate (None: the objective alone).
       in_turn: the frozen autoencoder takes a device's pictures a few at a time, which saves memory and compile time.
       photos: folders, for measuring the residual's scale.
@@ -171,6 +184,8 @@ class DaLPSRTask:
     system: str = "nano"
     objective: str | None = None
     routing: str | None = None
+    types: tuple[str, ...] | None = None
+    intervals: int | None = None
     init_from: str | None = None
     train: Literal["control", "joint"] = "joint"
     mixed: bool = False
@@ -188,6 +203,7 @@ class DaLPSRTask:
     shift: float = 3.0
     start_share: float = 0.0
     loss_kind: Literal["x0", "velocity"] = "x0"
+    teacher: str | None = None
     flow_weight: float = 1.0
     picture: PictureLoss | None = None
     in_turn: bool = False
@@ -220,7 +236,8 @@ class DaLPSRTask:
     @property
     def config(self) -> DaLPSRConfig:
         """The system that is trained."""
-        own = {name: value for name in ("objective", "routing") if (value := getattr(self, name)) is not None}
+        names = "objective", "routing", "types", "intervals"
+        own = {name: value for name in names if (value := getattr(self, name)) is not None}
         return dataclasses.replace(SYSTEMS[self.system](), **own)
 
     @property
@@ -339,7 +356,11 @@ class DaLPSRTask:
             trained = name in self._fresh or name == "image_encoder"
             return (MIXED if trained else BFLOAT16) if self.mixed else FLOAT32
 
-        system = DaLPSR(config, networks={name: makers(config, precision(name))[name](rngs) for name in makers(config)})
+        networks = {name: makers(config, precision(name))[name](rngs) for name in makers(config)}
+        if self.train == "joint":
+            own = {"rngs": rngs, "precision": precision("controlnet")}
+            networks["controlnet"] = ControlNet(config.controlnet, silent=False, **own)
+        system = DaLPSR(config, networks=networks)
         if config.prediction == "x0":
             silence(system.unet.conv_out)
         length = config.text.max_length
@@ -347,7 +368,8 @@ class DaLPSRTask:
         texts = Texts(*(jnp.zeros((size, 1, length), jnp.int32) for size in sizes))
         irpad = None if self.degradation == "oracle" else IRPAD(irpad_system.read_config(self.irpad), rngs=rngs)
         critics = Critics(self.picture, rngs=rngs) if self.picture and self.picture.needs_critics else None
-        return DaLPSRModel(system, texts, irpad, critics)
+        teacher = PatchEncoder(PatchAutoencoderConfig.nano_robust(), rngs=rngs) if self.teacher else None
+        return DaLPSRModel(system, texts, irpad, teacher, critics)
 
     def load(self, model: DaLPSRModel) -> DaLPSRModel:
         """Reads what `init_from` holds and IRPAD, words the texts, measures the residual's scale."""
@@ -361,6 +383,8 @@ class DaLPSRTask:
             hq = jnp.asarray(sample_crops(self.photos, 128, side, seed=1))
             system.residual_scale.set_value(jax.jit(self._residual_rms)(system, hq, jax.random.key(1)))
         model.texts = self.texts()
+        if self.teacher:
+            model.teacher = model_folder.load_network(self.teacher, "robust_encoder", model.teacher)
         if self.degradation != "oracle":
             model.irpad = irpad_system.read_irpad(self.irpad)
             own = model.irpad.config
@@ -413,9 +437,11 @@ class DaLPSRTask:
         prompt, hint = self._prompt(system, lq, caption, degradation)
 
         lq_latent, hq_latent = jax.lax.stop_gradient(self._latents(system, lq, hq, keys[4]))
+        if self.teacher:
+            hq_latent = jax.lax.stop_gradient(system.scaled(*model.teacher(2 * lq - 1)))
         x0 = system.to_flow(hq_latent, lq_latent)
         noise = jax.random.normal(keys[5], x0.shape)
-        losses, time, estimate = self._objective(system, x0, noise, prompt, hint, keys[6])
+        losses, time, estimate = self._objective(system, x0, noise, prompt, hint, lq_latent, keys[6])
         objective = jnp.mean(losses)
         metrics = {"objective": objective} | loss_by_time(losses, time, "objective")
         if self.picture is None:
@@ -440,7 +466,14 @@ class DaLPSRTask:
         return Prompt(*texts, system.look(lq)), system.controlnet.hint(lq)
 
     def _objective(
-        self, system: DaLPSR, x0: Array, noise: Array, prompt: Prompt, hint: Array, key: jax.Array
+        self,
+        system: DaLPSR,
+        x0: Array,
+        noise: Array,
+        prompt: Prompt,
+        hint: Array,
+        lq_latent: Array,
+        key: jax.Array,
     ) -> tuple[Float[Array, "B"], Float[Array, "B"], Float[Array, "B h w C"]]:
         """Each sample's loss and time in [0, 1], and what the network takes for the clean variable."""
         count, keys = len(x0), jax.random.split(key)
@@ -454,7 +487,7 @@ class DaLPSRTask:
             return jnp.mean(jnp.square(error), (1, 2, 3)), time, schedule.x0(output, z, alpha, sigma)
         sigma = FlowSchedule(shift=self.shift).training_sigma(draw_time(keys[0], (count,), self.time))
         sigma = jnp.where(jax.random.uniform(keys[1], (count,)) < self.start_share, 1.0, sigma)
-        velocity, estimate = system.predict(interpolate(x0, noise, sigma), sigma, prompt, hint)
+        velocity, estimate = system.predict(interpolate(x0, noise, sigma), sigma, prompt, hint, lq_latent)
         if self.loss_kind == "velocity":
             return jax.vmap(velocity_loss)(velocity, x0, noise), sigma, estimate
         return jnp.mean(jnp.square(estimate - x0), (1, 2, 3)), sigma, estimate
@@ -468,7 +501,7 @@ class DaLPSRTask:
         noise, steps = jax.random.normal(key, lq_latent.shape), self.preview_steps
         if (schedule := self.config.schedule) is None:
             sigmas = FlowSchedule(shift=self.shift).sampling_table(steps, steps)
-            z0 = euler(lambda z, sigma: system.predict(z, sigma, prompt, hint)[0], noise, sigmas, steps)
+            z0 = euler(lambda z, sigma: system.predict(z, sigma, prompt, hint, lq_latent)[0], noise, sigmas, steps)
         else:
             last = jnp.full(len(noise), schedule.train_levels - 1)
             z, table = schedule.noised(lq_latent, noise, last), schedule.table("dpm++", steps, steps)

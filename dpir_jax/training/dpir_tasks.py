@@ -524,9 +524,11 @@ class DiTTask:
         return self.load(self.create(key))
 
     def check(self) -> None:
-        """`InputError` where there is nothing to start from."""
+        """`InputError` where there is nothing to start from, before networks are made for it."""
         if self.init_from is None:
             raise InputError("task.init_from must name the model folder of stage 1, or of a system to go on with")
+        for folder in filter(None, (self.init_from, self.encoder_from)):
+            model_folder.read_config(folder)
         if self.text == "step" and not self._whole:
             raise InputError(f"task.text is 'step', but {self.init_from} is no whole system and has no T5")
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm import tqdm
 
@@ -113,8 +113,8 @@ def batches(
         paths = [Path(cache) / f"{name}_{i:04d}.safetensors" for i in range(-(-count // SHARD))]
         missing = [i for i, path in enumerate(paths) if not path.is_file()]
         for i in tqdm(missing, desc=f"drawing {name}", unit="shard", disable=None):
-            _write(paths[i], _draw(own, photos, name, i + offset, seed))
-        parts += [_read(path) | {"once": np.full(SHARD, name == "first")} for path in paths]
+            _write(paths[i], _draw(own, photos, name, i + offset, seed), settings.types)
+        parts += [_read(path, settings.types) | {"once": np.full(SHARD, name == "first")} for path in paths]
     photos.close()
     if not parts:
         raise InputError("data.once and data.twice are both 0: there is nothing to train on")
@@ -141,13 +141,17 @@ def _statistics(task: IRPADTask, part: str, batch: dict[str, jax.Array], key: ja
     return repeated(statistics, task.config.looks).astype(jnp.float16), severity
 
 
-def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
+def _write(path: Path, arrays: dict[str, np.ndarray], types: tuple[str, ...]) -> None:
     with atomic_path(path) as temporary:
-        save_file(arrays, temporary)
+        save_file(arrays, temporary, {"types": " ".join(types)})
 
 
-def _read(path: Path) -> dict[str, np.ndarray]:
+def _read(path: Path, types: tuple[str, ...]) -> dict[str, np.ndarray]:
     try:
+        with safe_open(path, "numpy") as file:
+            drawn = (file.metadata() or {}).get("types", "blur noise jpeg")  # what there was before it was written
+            if drawn != " ".join(types):
+                raise InputError(f"{path} has the severities of {drawn}, not of {' '.join(types)}; take another cache")
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is damaged: {error}; delete it, and it is drawn again") from error

@@ -53,6 +53,7 @@ class IRPADTask:
     Attributes:
       system: "nano", "ram" or "tiny".
       candidates: "phrases" or "sentences".
+      types, intervals: what is told apart; there are labels for blur, noise and jpeg.
       region: side in pixels of what is degraded at its own resolution: the local crop of the data.
       tables: JPEG tables of the first part, split evenly.
       second: recipes of the second part, split evenly; `second_count`: how many photos of the batch it gets.
@@ -63,12 +64,14 @@ class IRPADTask:
       masked: share of the statistics that a step does not see, drawn anew for each photo.
       least: of looks whose statistics were drawn beforehand, how many a step sees at least.
       init_from: a model folder with RAM's network, whose image encoder (then frozen) and head are taken over.
-      statistics: folder of statistics (`irpad_statistics`), whose first file tells what is usual.
+      statistics: folder of statistics (`irpad_statistics`); the first file of each part tells what is usual.
       description: what the exported model says of itself.
     """
 
     system: str = "nano"
     candidates: str = "phrases"
+    types: tuple[str, ...] = ("blur", "noise", "jpeg")
+    intervals: int = 4
     region: int = 256
     tables: tuple[str, ...] = TABLES
     second: tuple[str, ...] = ("realesrgan",)
@@ -103,7 +106,8 @@ class IRPADTask:
     @property
     def config(self) -> IRPADConfig:
         """The network that is trained."""
-        return dataclasses.replace(SYSTEMS[self.system](), candidates=self.candidates)
+        own = {name: getattr(self, name) for name in ("candidates", "types", "intervals")}
+        return dataclasses.replace(SYSTEMS[self.system](), **own)
 
     @property
     def trainable(self) -> nnx.filterlib.Filter:
@@ -116,8 +120,10 @@ class IRPADTask:
         network = IRPAD(self.config, rngs=Keys(key))
         if self.init_from:
             take_over(network, self.init_from)
-        if self.statistics and (drawn := sorted(Path(self.statistics).glob("*.safetensors"))):
-            network.encoder.standardise(jnp.asarray(load_file(drawn[0])["statistics"], jnp.float32))
+        if self.statistics:
+            parts = [sorted(Path(self.statistics).glob(f"{part}_*.safetensors")) for part in ("first", "second")]
+            if shown := [load_file(drawn[0])["statistics"] for drawn in parts if drawn]:
+                network.encoder.standardise(jnp.asarray(np.concatenate(shown), jnp.float32))
         return network
 
     def degraded(

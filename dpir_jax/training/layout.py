@@ -8,10 +8,11 @@ import jax
 from jax.sharding import Mesh
 
 from dpir_jax.errors import InputError
+from dpir_jax.parallel.compiled import device_bytes
 from dpir_jax.parallel.mesh import MeshConfig, make_mesh
 from dpir_jax.parallel.sharding import PRESETS, ShardingRules, check_batch, preset
 from dpir_jax.training.config import TrainConfig
-from dpir_jax.training.state import abstract_state, device_bytes
+from dpir_jax.training.state import abstract_state
 from dpir_jax.training.task import Task
 
 STATE_SHARE = 0.5  # of a device's memory may be state and gradients; the rest is for activations and the program

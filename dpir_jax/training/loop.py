@@ -86,15 +86,15 @@ def train(
     share = process_share(mesh)
     size = config.batch // share[1]
     batches: Batches = recipe.build_data(*share)
-    state, networks, shardings = init_state(task, config, mesh, rules)
-    step_fn = make_train_step(task, config, networks, mesh, shardings, rules)
-    key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
+    with contextlib.ExitStack() as stack:
+        checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.keep))
+        checkpoints.check(recipe)  # before the networks are made, which may take minutes
+        state, networks, shardings = init_state(task, config, mesh, rules)
+        step_fn = make_train_step(task, config, networks, mesh, shardings, rules)
+        key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
+        caught = stack.enter_context(_caught_signals())
+        stack.enter_context(watch_others())
 
-    with (
-        Checkpoints(workdir / "checkpoints", config.keep) as checkpoints,
-        _caught_signals() as caught,
-        watch_others(),
-    ):
         first = checkpoints.latest or 0
         position = batches.get_state()
         if first:
@@ -118,7 +118,7 @@ def train(
         ):
             batch = put_batch(_next(batches, first, size), mesh)
             peak = peak_flops()
-            flops = count_flops(step_fn.trace(state, batch, key).jaxpr) if peak else None
+            flops = model_flops(task, config, networks, mesh, shardings, rules, (state, batch, key)) if peak else None
             pending, saved, since, reason = [], first, time.monotonic(), "done"
             for step in range(first + 1, config.steps + 1):
                 with profiler.step(step), jax.transfer_guard("disallow"):
@@ -159,6 +159,20 @@ def train(
         if is_first():
             write_summary(workdir, reason)
     return Outcome(step, reason)
+
+
+def model_flops(
+    task: Task,
+    config: TrainConfig,
+    networks: Networks,
+    mesh: jax.sharding.Mesh,
+    shardings: TrainState,
+    rules: ShardingRules,
+    arguments: tuple[Any, ...],
+) -> float:
+    """FLOPs of a step that computes nothing twice: utilisation counts the model's work, not that of saving memory."""
+    plain = make_train_step(task, dataclasses.replace(config, remat="none"), networks, mesh, shardings, rules)
+    return count_flops(plain.trace(*arguments).jaxpr)
 
 
 def _reason_to_stop(step: int, config: TrainConfig, started: float, caught: list[int]) -> str | None:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -282,11 +281,6 @@ def _put(value: Array, place: NamedSharding, own: Array | None) -> Array:
         return jax.device_put(value, place, may_alias=False)
     whole = np.asarray(value)  # cut by NumPy: cutting an array of one device would compile a program per shape
     return jax.make_array_from_callback(value.shape, place, lambda index: np.array(whole[index]))
-
-
-def device_bytes(tree: Any) -> int:
-    """Bytes per device of a tree of arrays, or of shapes with shardings."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def fingerprint(frozen: Arrays) -> str:
