@@ -1,14 +1,18 @@
 """dalpsr-nano: DaLPSR at a small size, trained from nothing on two CPU cores, UNet and ControlNet together.
 
-    dpir train  --config configs/dalpsr_nano.py --workdir runs/dalpsr \\
-        --config.task.init_from=benchmarks/dpir_nano_control
+    dpir train  --config configs/dalpsr_nano.py:distil --workdir runs/distil \\
+        --config.task.init_from=benchmarks/dpir_nano_control --config.task.teacher=benchmarks/dpir_nano_control
+    dpir export --workdir runs/distil --out runs/distil/model
+    dpir train  --config configs/dalpsr_nano.py --workdir runs/dalpsr --config.task.init_from=runs/distil/model
     dpir export --workdir runs/dalpsr --out runs/dalpsr-nano
 
-`init_from` gives the autoencoder and E_dr: what `configs/dpir_nano.py:control` trained, or its stage `encoder`. At the
-start the system is D(E_dr(x)): the last layer is zero and the flow runs on the residual. Degradation prompts are oracle
-ones, worded from the drawn degradation and dropped one time in ten, so that the UNet learns to believe them. The recipe
-`first_order` is the one of which the prompt is the whole truth. The perceptual losses need the VGG16 weights
-(docs/metrics.md). It is not settled yet: docs/dalpsr_nano.md says what came of it.
+`init_from` first gives the autoencoder. At the start the system is D(E(x)), the photo as it came: the last layer is
+zero and the flow runs on the residual. UNet and ControlNet then learn what a trained E_dr makes of the photo
+(`teacher`): no picture is decoded and the target has no chance in it, so a fraction of the steps will do. The picture
+losses come afterwards; they need the VGG16 weights (docs/metrics.md). Degradation prompts are oracle ones, worded
+from the drawn degradation and dropped one time in ten, so that the UNet learns to believe them. The recipe
+`first_order` is the one of which the prompt is the whole truth. It is not settled yet: docs/dalpsr_nano.md says what
+came of it.
 """
 
 from ml_collections import ConfigDict, FieldReference, config_dict
@@ -16,8 +20,10 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 PHOTOS = ("../shared/photos/train",)
 
 
-def get_config() -> ConfigDict:
-    """The recipe."""
+def get_config(stage: str | None = None) -> ConfigDict:
+    """The recipe; `:distil` is its first stage."""
+    if stage not in (None, "distil"):
+        raise ValueError(f"stage is {stage!r}; it must be distil, or left out")
     config = ConfigDict()
     config.seed = 0
     config.b1, config.b2, config.eps, config.weight_decay = 0.9, 0.99, 1e-8, 1e-4
@@ -46,6 +52,11 @@ def get_config() -> ConfigDict:
     config.task.restore = {"steps": 1, "guidance": 1.0}
     config.task.reader = "irpad-nano"
     config.data = ConfigDict({"local_crop": 128, "global_crop": 320})
+    if stage == "distil":
+        config.warmup_steps, config.learning_rate, config.ema_decay = 30, 1e-3, 0.99
+        config.task.picture, config.task.flow_weight = None, 1.0
+        config.task.local_crop = config.data.local_crop = 96
+        config.task.crops = 5
     config.data.folders = config.task.photos = FieldReference(PHOTOS)
     config.data.by_area, config.data.flips, config.data.rotations = True, True, True
     config.data.scale_jitter_prob = 0.3
