@@ -59,5 +59,5 @@ def test_a_mesh_with_every_axis_does_not_change_the_training():
     assert fingerprint(many.frozen) == fingerprint(one.frozen)
     for name, value in jax.device_get(many.params).items():
         wanted = np.asarray(one.params[name])
-        size = max(np.linalg.norm(wanted), 1e-2 * np.sqrt(wanted.size))  # of the weights or, near 0, of a step
+        size = max(np.linalg.norm(wanted), 3e-2 * np.sqrt(wanted.size))  # of the weights or, near 0, of the three steps
         assert np.linalg.norm(value - wanted) < 1e-5 * size, name
