@@ -85,6 +85,16 @@ def test_velocity_and_estimate_say_the_same(prediction):
     np.testing.assert_allclose(estimate if prediction == "x0" else velocity, jnp.sin(z), atol=1e-6)
 
 
+def test_a_residual_flow_shows_the_noised_low_quality_latent():
+    shown = []
+    net = SimpleNamespace(config=CONFIG, residual_scale=jnp.full(4, 0.5), output=lambda z, *_: shown.append(z) or z)
+    net.from_flow = lambda z, lq: DaLPSR.from_flow(net, z, lq)
+    z, lq = (jax.random.normal(jax.random.key(i), (2, 4, 4, 4)) for i in range(2))
+    _, estimate = DaLPSR.predict(net, z, jnp.ones(2), None, None, lq)
+    np.testing.assert_allclose(shown[0], lq + 0.5 * z, atol=1e-6)
+    np.testing.assert_array_equal(estimate, shown[0])
+
+
 @pytest.mark.parametrize("name", ["sd2", "seesr", "nano", "tiny"])
 def test_configurations_survive_json(name):
     config = getattr(DaLPSRConfig, name)()

@@ -15,12 +15,13 @@ from dpir_jax.diffusion.ddpm import DDPMSchedule
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import use_attention_backend
 from dpir_jax.models.irpad import IRPAD, IRPADConfig
-from dpir_jax.models.layers import Keys
+from dpir_jax.models.layers import Keys, silence
 from dpir_jax.models.patch_autoencoder import PatchAutoencoder, PatchEncoder
 from dpir_jax.models.precision import FLOAT32
 from dpir_jax.models.ram import RAMConfig
 from dpir_jax.parallel.mesh import MeshConfig, make_mesh
 from dpir_jax.parallel.sharding import parameter_shardings
+from dpir_jax.systems.config_json import to_json
 from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, makers
 from dpir_jax.systems.dalpsr_folder import read_dalpsr, write_tokenizer
 from dpir_jax.systems.irpad import save_irpad
@@ -175,6 +176,38 @@ def test_a_network_that_knows_has_no_loss(photos, stage_one, objective, monkeypa
     np.testing.assert_allclose(losses, [0, 0], atol=1e-9)
     assert ((time >= 0) & (time <= 1)).all()
     np.testing.assert_allclose(estimate, x0, atol=1e-3)
+
+
+def test_a_teacher_takes_the_place_of_the_original(photos, stage_one, tmp_path):
+    """A system whose own E_dr is the teacher has nothing to learn; with other weights it has."""
+    about = {"config": {"robust_encoder": to_json(CONFIG.robust_encoder)}}
+    network = model_folder.load_network(
+        stage_one, "robust_encoder", nnx.eval_shape(lambda: PatchEncoder(CONFIG.robust_encoder, rngs=Keys(0)))
+    )
+    kept = model_folder.save_networks(tmp_path / "kept", about, {"robust_encoder": network})
+    task = make_task(photos, stage_one, teacher=str(kept), start_share=1.0)
+    task.check()
+    model = task.load(random_network(lambda: task.create(jax.random.key(0))))
+    silence(model.system.unet.conv_out)
+    pictures = jnp.asarray(np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3)), jnp.uint8)
+    batch = {"hq": pictures, "box": jnp.zeros((2, 2), jnp.int32)}
+    with use_attention_backend("xla"):
+        loss = quick_jit(lambda model: task.loss(model, batch, jax.random.key(2))[0])
+        assert loss(model) < 1e-9
+        model.teacher = jax.tree.map(lambda x: 1.5 * x, model.teacher)
+        assert loss(model) > 1e-3
+
+    with pytest.raises(InputError, match="has no E_dr that encodes patches"):
+        make_task(photos, stage_one, teacher=str(stage_one)).check()
+
+
+def test_a_controlnet_is_silent_beside_a_trained_unet_alone():
+    for train, silent in (("control", True), ("joint", False)):
+        task = DaLPSRTask(system="tiny", train=train)
+        made = quick_jit(lambda key, task=task: nnx.state(task.create(key).system.controlnet, nnx.Param))
+        net = made(jax.random.key(0))
+        for layer in (net["middle_out"], net["hint"]["conv_out"], net["out"][0]):
+            assert bool((layer["kernel"][...] == 0).all()) == silent
 
 
 def test_no_file_is_needed_to_know_the_shapes():

@@ -46,10 +46,17 @@ def test_a_recipe_and_its_overrides():
     assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
 
+def test_a_section_can_be_left_out():
+    recipe = load_recipe("configs/dalpsr_nano.py", ["--config.task.picture=none", "--config.data.flips=false"])
+    assert recipe.build_task().picture is None
+    assert load_recipe("configs/dalpsr_nano.py", []).build_task().picture.lpips == 1
+
+
 @pytest.mark.parametrize(
     ("override", "word"),
     [
-        ("--config.stepz=3", "config.stepz: the recipe has no such setting"),
+        ("--config.stepz=3", "config.stepz: the recipe has no such setting; did you mean steps"),
+        ("--config.task=3", "config.task=3: a section; none leaves it out, or set "),
         ("--config.task.wdth=3", "config.task.wdth: the recipe has no such setting"),
         ("--config.nothing.x=3", "there is no config.nothing"),
         ("--config.steps=many", "config.steps=many: expected int"),

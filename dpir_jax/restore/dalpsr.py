@@ -12,7 +12,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
-from dpir_jax import model_folder
 from dpir_jax.diffusion.ddpm import DDPMSchedule
 from dpir_jax.diffusion.guidance import guided
 from dpir_jax.diffusion.schedule import FlowSchedule
@@ -21,7 +20,7 @@ from dpir_jax.models.irpad import IRPAD
 from dpir_jax.models.precision import Precision
 from dpir_jax.restore.irpad import DegradationReader
 from dpir_jax.restore.settings import Defaults
-from dpir_jax.restore.stages import Resident, Stage, Staged
+from dpir_jax.restore.stages import Resident, Stage, Staged, holding, reader
 from dpir_jax.systems import irpad as irpad_system
 from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, Prompt
 from dpir_jax.systems.dalpsr_folder import abstract_dalpsr, read_dalpsr
@@ -100,10 +99,7 @@ class RestoringDaLPSR:
 
     def holding(self, networks: Mapping[str, nnx.Module]) -> "RestoringDaLPSR":
         """The same system with these networks, by their names in the model folder."""
-        dalpsr = jax.tree.map(lambda leaf: leaf, self.dalpsr)
-        for name, network in networks.items():
-            setattr(dalpsr, name, network)
-        return dataclasses.replace(self, dalpsr=dalpsr)
+        return dataclasses.replace(self, dalpsr=holding(self.dalpsr, networks))
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
@@ -171,9 +167,9 @@ class RestoringDaLPSR:
         prompt = Prompt(0, 0, None if self.config.image_encoder is None else 0)
         return jax.tree.structure(Conditions(prompt, prompt, 0))
 
-    def control(self, lq_latent: Float[Array, "B T T C"]) -> Float[Array, "B T T C"]:
-        """The latent itself, on which a residual flow goes; else the photo enters by the hint alone."""
-        return lq_latent
+    def control(self, lq_latent: Float[Array, "B T T C"]) -> Float[Array, "B T T C"] | None:
+        """The latent itself, on which a residual flow goes; else None: the photo enters by the hint alone."""
+        return lq_latent if self.config.flow == "residual" else None
 
     # --- sampling ----------------------------------------------------------------------------------------------------
 
@@ -194,7 +190,7 @@ class RestoringDaLPSR:
         z: Float[Array, "B T T C"],
         sigma: Float[Array, "B"],
         condition: Conditions,
-        control: Float[Array, "B T T C"],
+        control: Float[Array, "B T T C"] | None,
         guidance: Float[Array, ""],
     ) -> Float[Array, "B T T C"]:
         """The guided velocity of the flow; hint and image tokens stay in both halves."""
@@ -209,7 +205,7 @@ class RestoringDaLPSR:
         z: Float[Array, "B T T C"],
         timestep: Int[Array, "B"],
         condition: Conditions,
-        control: Float[Array, "B T T C"],
+        control: None,
         guidance: Float[Array, ""],
     ) -> Float[Array, "B T T C"]:
         """The guided prediction on DDPM's path."""
@@ -274,16 +270,9 @@ def load_dalpsr(folder: Path, config: dict[str, Any], precision: Precision, irpa
 
 
 def stage_dalpsr(folder: Path, config: dict[str, Any], precision: Precision, irpad: Path | None) -> Staged:
-    """The same with networks that come and go, IRPAD apart; 16-bit weights stay so, whatever is computed in.
-
-    Each file is compared with the manifest when it is read.
-    """
+    """The same with networks that come and go, IRPAD apart."""
     dalpsr, tokenizer = abstract_dalpsr(folder, config, precision)
-
-    def read(name: str) -> nnx.Module:
-        return model_folder.load_network(folder, name, getattr(dalpsr, name), as_stored=True)
-
-    return Staged(_with_reader(dalpsr, tokenizer, folder, irpad), needs(dalpsr.config), read)
+    return Staged(_with_reader(dalpsr, tokenizer, folder, irpad), needs(dalpsr.config), reader(folder, dalpsr))
 
 
 def _with_reader(dalpsr: DaLPSR, tokenizer: Tokenizer, folder: Path, irpad: Path | None) -> RestoringDaLPSR:

@@ -13,13 +13,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
-from dpir_jax import model_folder
 from dpir_jax.diffusion.guidance import guided
 from dpir_jax.errors import InputError
 from dpir_jax.models.clip import DEVIATION, MEAN, clip_preprocess
 from dpir_jax.models.precision import Precision
 from dpir_jax.models.t5 import T5Config
-from dpir_jax.restore.stages import Resident, Stage, Staged
+from dpir_jax.restore.stages import Resident, Stage, Staged, holding, reader
 from dpir_jax.systems.dpir import DPIR, Condition, DPIRConfig
 from dpir_jax.systems.dpir_folder import abstract_dpir, read_dpir
 from dpir_jax.systems.prompts import global_boxes
@@ -97,10 +96,7 @@ class RestoringDPIR:
 
     def holding(self, networks: Mapping[str, nnx.Module]) -> "RestoringDPIR":
         """The same system with these networks, by their names in the model folder."""
-        dpir = jax.tree.map(lambda leaf: leaf, self.dpir)
-        for name, network in networks.items():
-            setattr(dpir, name, network)
-        return dataclasses.replace(self, dpir=dpir)
+        return dataclasses.replace(self, dpir=holding(self.dpir, networks))
 
     # --- prompts -----------------------------------------------------------------------------------------------------
 
@@ -248,19 +244,9 @@ def load_dpir(folder: Path, config: dict[str, Any], precision: Precision, *, tex
 
 
 def stage_dpir(folder: Path, config: dict[str, Any], precision: Precision, *, text: bool = True) -> Staged:
-    """The same with networks that come and go; 16-bit weights stay so, whatever is computed in.
-
-    Each file is compared with the manifest when it is first read.
-    """
-    dpir, checked = abstract_dpir(folder, config, precision, text=text), set()
-
-    def read(name: str) -> nnx.Module:
-        network = getattr(dpir, name)
-        network = model_folder.load_network(folder, name, network, check=name not in checked, as_stored=True)
-        checked.add(name)
-        return network
-
-    return Staged(RestoringDPIR(dpir, _tokenizer_in(folder)), needs(dpir.config), read)
+    """The same with networks that come and go."""
+    dpir = abstract_dpir(folder, config, precision, text=text)
+    return Staged(RestoringDPIR(dpir, _tokenizer_in(folder)), needs(dpir.config), reader(folder, dpir))
 
 
 def _tokenizer_in(folder: Path) -> str | None:

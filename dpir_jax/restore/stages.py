@@ -16,13 +16,15 @@ import os
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, Self, TypeVar
 
 import jax
 from flax import nnx
 
+from dpir_jax import model_folder
 from dpir_jax.restore.system import Frozen, System
 
+M = TypeVar("M", bound=nnx.Module)
 Stage = Literal["text", "encode", "look", "sample", "decode"]
 LOADING = ("auto", "always", "never")
 
@@ -89,6 +91,30 @@ class Staged:
                 self._frozen = Frozen.of(self.system.holding(self._networks))
                 self._stage = stage
             return self._frozen
+
+
+def holding(system: M, networks: Mapping[str, nnx.Module]) -> M:
+    """A copy of a module with these networks in the place of those of the same names."""
+    copy = jax.tree.map(lambda leaf: leaf, system)
+    for name, network in networks.items():
+        setattr(copy, name, network)
+    return copy
+
+
+def reader(folder: Path, system: nnx.Module) -> Callable[[str], nnx.Module]:
+    """Reads the networks of a system in shapes; 16-bit weights stay so, whatever is computed in.
+
+    Each file is compared with the manifest when it is first read.
+    """
+    checked: set[str] = set()
+
+    def read(name: str) -> nnx.Module:
+        fresh = name not in checked
+        network = model_folder.load_network(folder, name, getattr(system, name), check=fresh, as_stored=True)
+        checked.add(name)
+        return network
+
+    return read
 
 
 def memory_bytes() -> int:

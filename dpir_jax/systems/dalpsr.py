@@ -288,7 +288,9 @@ class DaLPSR(nnx.Module):
         """The variable that is diffused: the latent itself, or the scaled residual of E_dr's."""
         return latent if self.config.flow == "latent" else (latent - lq_latent) / self.residual_scale[...]
 
-    def from_flow(self, z: Float[Array, "B h w C"], lq_latent: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
+    def from_flow(
+        self, z: Float[Array, "B h w C"], lq_latent: Float[Array, "B h w C"] | None
+    ) -> Float[Array, "B h w C"]:
         """The latent of a clean diffused variable: the inverse of `to_flow`."""
         return z if self.config.flow == "latent" else lq_latent + z * self.residual_scale[...]
 
@@ -344,9 +346,12 @@ class DaLPSR(nnx.Module):
         sigma: Float[Array, "B"],
         prompt: Prompt,
         hint: Float[Array, "B h w D"],
-        lq_latent: Float[Array, "B h w C"],
+        lq_latent: Float[Array, "B h w C"] | None,
     ) -> tuple[Float[Array, "B h w C"], Float[Array, "B h w C"]]:
-        """Along the flow: velocity dz/dsigma and the estimate of z_0, one from the other by z_0 = z - sigma v."""
+        """Along the flow: velocity dz/dsigma and the estimate of z_0, one from the other by z_0 = z - sigma v.
+
+        `lq_latent`: of the photo, for a residual flow.
+        """
         output = self.output(self.from_flow(z, lq_latent), 1000 * sigma, prompt, hint)
         sigma = jnp.maximum(sigma, MIN_SIGMA)[:, None, None, None]
         if self.config.prediction == "velocity":

@@ -38,8 +38,9 @@ from dpir_jax.models.patch_autoencoder import PatchAutoencoderConfig, PatchEncod
 from dpir_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from dpir_jax.models.ram import RAMConfig
 from dpir_jax.systems import irpad as irpad_system
+from dpir_jax.systems.config_json import from_json
 from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, Prompt, makers
-from dpir_jax.systems.dalpsr_folder import TOKENIZER, fitting, save_dalpsr
+from dpir_jax.systems.dalpsr_folder import CONFIGS, TOKENIZER, fitting, save_dalpsr
 from dpir_jax.systems.dpir import Constant
 from dpir_jax.systems.tokenizers import Tokenizer, WordTokenizer, filled, read_tokenizer, windows
 from dpir_jax.training.dpir_tasks import (
@@ -330,8 +331,17 @@ class DaLPSRTask:
         return self.load(self.create(key))
 
     def check(self) -> None:
-        """`InputError` where `init_from` lacks a network that cannot start from nothing."""
+        """`InputError` where `init_from` lacks a network that cannot start from nothing, or `teacher` its E_dr."""
         self._found()
+        if self.teacher:
+            self._teacher_config()
+
+    def _teacher_config(self) -> PatchAutoencoderConfig:
+        system = model_folder.read_config(self.teacher).get("config")
+        config = from_json(system.get("robust_encoder"), CONFIGS) if isinstance(system, dict) else None
+        if not isinstance(config, PatchAutoencoderConfig):
+            raise InputError(f"task.teacher is {self.teacher}, whose config.json has no E_dr that encodes patches")
+        return config
 
     @property
     def _fresh(self) -> set[str]:
@@ -356,11 +366,12 @@ class DaLPSRTask:
             trained = name in self._fresh or name == "image_encoder"
             return (MIXED if trained else BFLOAT16) if self.mixed else FLOAT32
 
-        networks = {name: makers(config, precision(name))[name](rngs) for name in makers(config)}
-        if self.train == "joint":
-            own = {"rngs": rngs, "precision": precision("controlnet")}
-            networks["controlnet"] = ControlNet(config.controlnet, silent=False, **own)
-        system = DaLPSR(config, networks=networks)
+        def made(name: str) -> nnx.Module:
+            if name == "controlnet" and self.train == "joint":
+                return ControlNet(config.controlnet, rngs=rngs, precision=precision(name), silent=False)
+            return makers(config, precision(name))[name](rngs)
+
+        system = DaLPSR(config, networks={name: made(name) for name in makers(config)})
         if config.prediction == "x0":
             silence(system.unet.conv_out)
         length = config.text.max_length
@@ -368,7 +379,7 @@ class DaLPSRTask:
         texts = Texts(*(jnp.zeros((size, 1, length), jnp.int32) for size in sizes))
         irpad = None if self.degradation == "oracle" else IRPAD(irpad_system.read_config(self.irpad), rngs=rngs)
         critics = Critics(self.picture, rngs=rngs) if self.picture and self.picture.needs_critics else None
-        teacher = PatchEncoder(PatchAutoencoderConfig.nano_robust(), rngs=rngs) if self.teacher else None
+        teacher = PatchEncoder(self._teacher_config(), rngs=rngs) if self.teacher else None
         return DaLPSRModel(system, texts, irpad, teacher, critics)
 
     def load(self, model: DaLPSRModel) -> DaLPSRModel:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from dpir_jax.data.pipeline import BatchIterator, DataConfig, make_dataset
@@ -152,6 +152,6 @@ def _read(path: Path, types: tuple[str, ...]) -> dict[str, np.ndarray]:
             drawn = (file.metadata() or {}).get("types", "blur noise jpeg")  # what there was before it was written
             if drawn != " ".join(types):
                 raise InputError(f"{path} has the severities of {drawn}, not of {' '.join(types)}; take another cache")
-        return load_file(path)
+            return {name: file.get_tensor(name) for name in sorted(file.keys())}
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is damaged: {error}; delete it, and it is drawn again") from error
