@@ -661,7 +661,8 @@ def _add_models(verbs: argparse._SubParsersAction) -> None:
 
 
 def _models(arguments: argparse.Namespace) -> int:
-    from dpir_jax.restore.models import EMBEDDED, embedded_models
+    from dpir_jax.pretrained import EMBEDDED
+    from dpir_jax.restore.models import embedded_models
 
     models = embedded_models()
     for info in models:

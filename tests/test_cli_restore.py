@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import dpir_jax.restore
-from dpir_jax import cli
+from dpir_jax import cli, pretrained
 from dpir_jax.errors import InputError
 from dpir_jax.restore import Restorer, job, models
 from tests.fake_system import FakeSystem
@@ -206,7 +206,7 @@ def test_a_damaged_model(fake, folder, tmp_path, capsys):
 
 
 def test_models(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(models, "EMBEDDED", tmp_path)
+    monkeypatch.setattr(pretrained, "EMBEDDED", tmp_path)
     status, said, _ = run(capsys, "models")
     assert status == 0
     assert "no models in" in said
@@ -218,4 +218,4 @@ def test_models(monkeypatch, tmp_path, capsys):
     assert said.startswith("dpir-tiny  0.0 MB  sha256 ")
     assert said.endswith("one of two lines\n")
     with pytest.raises(InputError, match="embedded: dpir-tiny"):
-        models.find_model("dpir-huge")
+        pretrained.find_model("dpir-huge")

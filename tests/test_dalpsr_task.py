@@ -11,6 +11,7 @@ from flax import nnx
 from PIL import Image
 
 from dpir_jax import model_folder
+from dpir_jax.degradation import Recipe, draw_plan, interval, severities
 from dpir_jax.diffusion.ddpm import DDPMSchedule
 from dpir_jax.errors import InputError
 from dpir_jax.models.attention import use_attention_backend
@@ -28,7 +29,8 @@ from dpir_jax.systems.irpad import save_irpad
 from dpir_jax.systems.tokenizers import WordTokenizer
 from dpir_jax.training import dalpsr_task
 from dpir_jax.training.config import TrainConfig
-from dpir_jax.training.dalpsr_task import DaLPSRTask, attribute_caption, attributes, captioned
+from dpir_jax.training.dalpsr_task import DaLPSRTask, Pairs, attribute_caption, attributes, captioned
+from dpir_jax.training.dpir_tasks import as_float
 from dpir_jax.training.state import init_state, split
 from tests.networks import quick_jit, random_dalpsr, random_network
 
@@ -109,7 +111,8 @@ def test_training_starts_at_the_encoder_and_reaches_what_it_should(task, model, 
 
     blurred = jnp.asarray(BATCH["hq"], jnp.float32)[:, ::-1] / 255  # in the place of a degradation, which is slow
     labels = jnp.asarray([[0, 1, 2], [3, 3, 0]])
-    monkeypatch.setattr(DaLPSRTask, "_pairs", lambda self, whole, corners, key: (blurred, blurred, whole, labels))
+    pairs = Pairs(blurred, blurred, as_float(BATCH["hq"]), labels, jnp.zeros(2, bool), blurred, blurred)
+    monkeypatch.setattr(DaLPSRTask, "_pairs", lambda self, whole, corners, key: pairs)
 
     @quick_jit
     def gradient(params, frozen):
@@ -225,7 +228,8 @@ def test_no_file_is_needed_to_know_the_shapes():
 
 def test_pairs_come_with_their_degradation(task, model):
     shapes = jax.eval_shape(task._pairs, jnp.zeros((4, 40, 40, 3)), jnp.zeros((4, 2), jnp.int32), jax.random.key(0))
-    assert [x.shape for x in shapes] == [(4, 40, 40, 3), (4, 32, 32, 3), (4, 32, 32, 3), (4, 3)]
+    picture = (4, 32, 32, 3)
+    assert [x.shape for x in shapes] == [(4, 40, 40, 3), picture, picture, (4, 3), (4,), picture, picture]
     rows = jax.eval_shape(task.preview, model, BATCH, jax.random.key(0)).shape
     assert rows == (2, 32, 4 * 32, 3)
 
@@ -236,7 +240,10 @@ def test_several_crops_of_a_photo_keep_its_labels(photos, stage_one, monkeypatch
     drawn = jnp.asarray([[0.1, 0.4, 0.6], [0.9, 0.3, 0.0]])
     monkeypatch.setattr(dalpsr_task, "degrade_each", lambda key, part, recipe: (part / 2, drawn))
     monkeypatch.setattr(dalpsr_task, "severities", lambda plan, types: plan)
-    native, lq, hq, labels = task._pairs(whole, jnp.zeros((2, 2), jnp.int32), jax.random.key(1))
+    native, lq, hq, labels, claimed, *told = task._pairs(whole, jnp.zeros((2, 2), jnp.int32), jax.random.key(1))
+    assert not claimed.any()
+    for pictures in told:
+        np.testing.assert_array_equal(pictures, lq)
     np.testing.assert_array_equal(native, whole / 2)
     np.testing.assert_allclose(lq, hq / 2, atol=1e-6)
     np.testing.assert_array_equal(labels, [[0, 1, 2]] * 3 + [[3, 1, 0]] * 3)
@@ -245,6 +252,68 @@ def test_several_crops_of_a_photo_keep_its_labels(photos, stage_one, monkeypatch
     ]  # a latent cell is 4 pixels
     for i, crop in enumerate(hq):
         assert (windows[i // 3] == np.moveaxis(crop, -1, 0)).all((2, 3, 4)).any()
+
+
+@pytest.fixture(scope="module")
+def told(photos, stage_one):
+    """What a task of claims draws for 96 photos: (its intervals, the pairs, the true plan)."""
+    task = make_task(photos, stage_one, claims=0.7, recipes=("native",))
+    rng = np.random.default_rng(0)
+    whole = jnp.asarray(rng.uniform(0, 1, (96, 4, 4, 3)).repeat(8, 1).repeat(8, 2), jnp.float32)
+    key = jax.random.fold_in(jax.random.key(1), 0)
+    pairs = quick_jit(lambda: task._pairs(whole, None, jax.random.key(1)))()
+    return pairs, draw_plan(key, Recipe.native(), 96, 32, 32)
+
+
+def test_claims_are_far_from_the_truth_and_the_rest_is_true(told):
+    pairs, plan = told
+    true, said = np.asarray(interval(severities(plan), 4)), np.asarray(pairs.labels)
+    claimed = np.asarray(pairs.claimed)
+    assert 0.2 < claimed.mean() < 0.8
+    np.testing.assert_array_equal((said != true).any(1), claimed)
+    assert set(np.abs(said - true).ravel()) == {0, 2, 3}
+    for pictures in (pairs.at_least, pairs.at_most):
+        np.testing.assert_array_equal(pictures[~claimed], pairs.lq[~claimed])
+
+
+def test_claims_change_what_they_are_about(told):
+    """By noise: a claim of less takes it out of `at_most` alone, a claim of more puts it into `at_least` alone."""
+    pairs, plan = told
+    true, said = np.asarray(interval(severities(plan), 4)), np.asarray(pairs.labels)
+    blur_alone = (said == true)[:, 1:].all(1) & (said != true)[:, 0]
+    assert blur_alone.any()
+    np.testing.assert_array_equal(pairs.at_least[blur_alone], pairs.at_most[blur_alone])
+
+    def noise(pictures):  # the photos are flat patches of 8 pixels
+        patches = np.asarray(pictures).reshape(96, 4, 8, 4, 8, 3)[:, :, 3:5, :, 3:5]
+        return patches.std((2, 4)).mean((1, 2, 3))
+
+    same_else = (said == true)[:, [0, 2]].all(1)
+    less, more = same_else & (said < true)[:, 1], same_else & (said > true)[:, 1]
+    assert less.any()
+    assert more.any()
+    assert (noise(pairs.at_most) < noise(pairs.lq))[less].all()
+    np.testing.assert_allclose(pairs.at_least[less], pairs.lq[less], atol=2 / 255)
+    assert (noise(pairs.at_least) > noise(pairs.lq))[more].all()
+    np.testing.assert_allclose(pairs.at_most[more], pairs.lq[more], atol=2 / 255)
+
+
+def test_what_the_words_leave_out_stays_in_the_target(task, model, monkeypatch):
+    """A network that changes nothing is right where the words deny all that is wrong with the photo."""
+    task = dataclasses.replace(task, claims=1.0, start_share=1.0)
+    rng = np.random.default_rng(2)
+    lq, hq = (jnp.asarray(rng.uniform(0, 1, (2, 32, 32, 3)), jnp.float32) for _ in range(2))
+    monkeypatch.setattr(DaLPSR, "encode_pair", lambda self, lq, hq, key: (self.encode_lq(lq), self.encode_lq(hq)))
+
+    @quick_jit
+    def loss(at_most):
+        pairs = Pairs(lq, lq, hq, jnp.zeros((2, 3), jnp.int32), jnp.ones(2, bool), lq, at_most)
+        monkeypatch.setattr(DaLPSRTask, "_pairs", lambda self, *rest: pairs)
+        return task.loss(model, BATCH, jax.random.key(2))[0]
+
+    with use_attention_backend("xla"):
+        assert loss(hq) < 1e-9
+        assert loss(lq) > 1e-3
 
 
 def test_prompts_say_what_was_done(task):
@@ -275,14 +344,17 @@ def test_attributes():
 def test_predicted_and_mixed_prompts(photos, stage_one, tmp_path, monkeypatch):
     network = random_network(lambda: IRPAD(IRPADConfig.tiny(), rngs=Keys(0)))
     reader = save_irpad(tmp_path / "irpad", network, description="")
-    pairs = (jnp.zeros((8, 20, 20, 3)), None, jnp.zeros((8, 20, 20, 3)), jnp.zeros((8, 3), jnp.int32))
+    picture, claimed = jnp.zeros((8, 20, 20, 3)), jnp.arange(8) < 2
+    pairs = Pairs(picture, picture, picture, jnp.zeros((8, 3), jnp.int32), claimed, picture, picture)
     monkeypatch.setattr(DaLPSRTask, "_predicted", lambda self, irpad, native: jnp.full((len(native), 3), 2))
     shares = {}
     for source in ("predicted", "mix"):
         task = make_task(photos, stage_one, degradation=source, irpad=str(reader), predicted_share=0.5)
         known = SimpleNamespace(irpad=network, texts=task.texts())
-        ids = task._texts(known, {}, pairs, (jax.random.key(1),))[1]
-        shares[source] = float((ids == task._degradation_ids(known.texts, jnp.full((8, 3), 2))).all((1, 2)).mean())
+        ids = task._texts(known, {}, pairs, jax.random.key(1))[1]
+        read = (ids == task._degradation_ids(known.texts, jnp.full((8, 3), 2))).all((1, 2))
+        assert not read[:2].any()  # a claim is kept
+        shares[source] = float(read[2:].mean())
     assert shares["predicted"] == 1
     assert 0 < shares["mix"] < 1
     with pytest.raises(InputError, match=r"task.irpad must name"):
@@ -317,6 +389,8 @@ def test_captions_become_token_ids(photos, tmp_path):
         ({"system": "large"}, "task.system is 'large'"),
         ({"train": "all"}, "task.train is 'all'"),
         ({"colour": 1}, "task.colour is not a setting"),
+        ({"claims": 0.5, "recipes": ("light",)}, "one of task.recipes must have one stage"),
+        ({"claims": 0.5, "picture": {"l1": 1.0}}, "task.claims and task.picture contradict"),
     ],
 )
 def test_settings_that_cannot_be(photos, stage_one, changes, words):

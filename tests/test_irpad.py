@@ -14,7 +14,7 @@ from PIL import Image
 
 import dpir_jax
 from dpir_jax import cli, model_folder
-from dpir_jax.degradation import Recipe, apply_plan, draw_plan, interval, severities
+from dpir_jax.degradation import Recipe, apply_plan, draw_plan, interval, severities, with_severities
 from dpir_jax.degradation.blur import filter2d
 from dpir_jax.degradation.jpeg import jpeg
 from dpir_jax.degradation.kernels import SINC
@@ -142,6 +142,23 @@ def test_the_stronger_of_two_stages_counts():
     np.testing.assert_allclose(
         alone[1][poisson, 1], (np.asarray(second.noise_strength)[poisson] - 0.05) / 2.95, atol=1e-6
     )
+
+
+def test_severities_can_be_set():
+    plan = draw_plan(jax.random.key(0), Recipe.first_order(), 200, 8, 8)
+    found = severities(plan)
+    change = jax.jit(with_severities, static_argnums=2)
+    same = change(plan, found)
+    blurred = np.asarray(plan.second.blur.applied)
+    np.testing.assert_allclose(same.second.blur.kernel[blurred], plan.second.blur.kernel[blurred], atol=1e-5)
+    wanted = jax.random.uniform(jax.random.key(1), (200, 3), minval=0.07)
+    changed = change(plan, wanted)
+    np.testing.assert_allclose(severities(changed), wanted, atol=1e-5)
+    np.testing.assert_allclose(changed.second.blur.kernel.sum((1, 2)), 1, atol=1e-5)
+    alone = change(plan, wanted[:, 1:2], ("noise",))
+    np.testing.assert_allclose(severities(alone), found.at[:, 1].set(wanted[:, 1]), atol=1e-5)
+    with pytest.raises(InputError, match="this one has two"):
+        with_severities(dataclasses.replace(plan, first=plan.second), wanted)
 
 
 def test_an_unknown_type_has_no_severity(plan):

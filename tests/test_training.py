@@ -47,9 +47,21 @@ def test_a_recipe_and_its_overrides():
 
 
 def test_a_section_can_be_left_out():
-    recipe = load_recipe("configs/dalpsr_nano.py", ["--config.task.picture=none", "--config.data.flips=false"])
+    recipe = load_recipe("configs/dpir_nano.py:control", ["--config.task.picture=none", "--config.data.flips=false"])
     assert recipe.build_task().picture is None
-    assert load_recipe("configs/dalpsr_nano.py", []).build_task().picture.lpips == 1
+    assert load_recipe("configs/dpir_nano.py:control", []).build_task().picture.lpips == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"dpir_nano.py:{stage}" for stage in ("latent", "encoder", "flow", "dit", "control")),
+        *("dalpsr_nano.py", "dalpsr_nano.py:distil", "dalpsr_sd2.py", "irpad_nano.py", "irpad_ram.py", "dape.py"),
+        "dpir_sd3_medium.py:dit",
+    ],
+)
+def test_our_recipes_build_their_task(name):
+    assert load_recipe(f"configs/{name}", []).build_task()
 
 
 @pytest.mark.parametrize(

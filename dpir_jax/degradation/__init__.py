@@ -4,7 +4,7 @@ from dpir_jax.degradation.blur import sharpen
 from dpir_jax.degradation.chain import apply_plan, degrade
 from dpir_jax.degradation.plan import Plan, draw_plan, plan_record
 from dpir_jax.degradation.recipe import Recipe, Stage
-from dpir_jax.degradation.severity import interval, severities
+from dpir_jax.degradation.severity import interval, severities, with_severities
 
 __all__ = [
     "Plan",
@@ -17,4 +17,5 @@ __all__ = [
     "plan_record",
     "severities",
     "sharpen",
+    "with_severities",
 ]

@@ -79,7 +79,7 @@ def _draw(recipe: Recipe, key: Key[Array, ""]) -> Plan:
         sinc=_draw_final_sinc(recipe.final_sinc_prob, draws),
         jpeg_last=draws.chance(0.5),
     )
-    return _with_kernels(plan)
+    return with_kernels(plan)
 
 
 class _Draws:
@@ -132,7 +132,7 @@ def _draw_blur(stage: Stage, draws: _Draws) -> Blur:
     # the shape's range is split at 1: half of the draws below, half above
     bounds = jnp.array([(1.0, 1.0), stage.beta_generalized, stage.beta_plateau, (1.0, 1.0)])[family]
     return Blur(
-        kernel=None,  # see _with_kernels
+        kernel=None,  # see with_kernels
         applied=draws.chance(stage.blur_prob),
         family=family,
         size=size,
@@ -147,7 +147,7 @@ def _draw_blur(stage: Stage, draws: _Draws) -> Blur:
 def _draw_final_sinc(probability: float, draws: _Draws) -> Blur:
     unused = jnp.ones(())
     return Blur(
-        kernel=None,  # see _with_kernels
+        kernel=None,  # see with_kernels
         applied=draws.chance(probability),
         family=jnp.int32(kernels.SINC),
         size=7 + 2 * draws.integer(8),
@@ -159,8 +159,8 @@ def _draw_final_sinc(probability: float, draws: _Draws) -> Blur:
     )
 
 
-def _with_kernels(plan: Plan) -> Plan:
-    """Fills in all kernels at once: the formulas compile once, not once per blur."""
+def with_kernels(plan: Plan) -> Plan:
+    """One sample's plan with all kernels as its draws say; at once: the formulas compile once, not once per blur."""
     blurs, rest = jax.tree.flatten(plan, is_leaf=lambda node: isinstance(node, Blur))
     at = [i for i, node in enumerate(blurs) if isinstance(node, Blur)]
     drawn = jax.tree.map(lambda *leaves: jnp.stack(leaves), *(blurs[i] for i in at))

@@ -7,8 +7,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from dpir_jax.models.irpad import IRPAD
+from dpir_jax.pretrained import find_model
 from dpir_jax.restore import compilation_cache
-from dpir_jax.restore.models import find_model
 from dpir_jax.restore.sources import PhotoLike, as_photo
 from dpir_jax.systems.irpad import Degradation, photo_looks, read_irpad
 

@@ -7,17 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-import dpir_jax.pretrained
 from dpir_jax import model_folder
 from dpir_jax.diffusion.ddpm import DDPMSchedule
 from dpir_jax.diffusion.schedule import FlowSchedule
 from dpir_jax.errors import InputError
 from dpir_jax.files import sha256
 from dpir_jax.models.precision import Precision
+from dpir_jax.pretrained import embedded_folders, find_model
 from dpir_jax.restore.settings import Defaults, Settings
 from dpir_jax.restore.stages import LOADING, Stages, memory_bytes
 
-EMBEDDED = Path(dpir_jax.pretrained.__file__).parent
 DEFAULT = "dpir-nano"
 DTYPES = ("float32", "bfloat16")
 
@@ -37,21 +36,7 @@ class ModelInfo:
 
 def embedded_models() -> list[ModelInfo]:
     """The models in the package, by name."""
-    return [describe(path.parent) for path in sorted(EMBEDDED.glob("*/config.json"))]
-
-
-def find_model(name_or_folder: str | Path) -> Path:
-    """The folder of an embedded model or of one given by its path.
-
-    Raises:
-      InputError: neither, with the names that there are.
-    """
-    if (EMBEDDED / name_or_folder / "config.json").is_file():
-        return EMBEDDED / name_or_folder
-    if Path(name_or_folder).is_dir():
-        return Path(name_or_folder)
-    known = ", ".join(info.name for info in embedded_models()) or "none"
-    raise InputError(f"unknown model {str(name_or_folder)!r}; embedded: {known}; or give a model folder")
+    return [describe(folder) for folder in embedded_folders()]
 
 
 def describe(folder: Path) -> ModelInfo:

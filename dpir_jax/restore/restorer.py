@@ -28,8 +28,9 @@ from dpir_jax.diffusion.schedule import FlowSchedule
 from dpir_jax.errors import InputError
 from dpir_jax.files import sha256
 from dpir_jax.images import Photo, to_float, to_uint8, write_png
+from dpir_jax.pretrained import find_model
 from dpir_jax.restore import color, compilation_cache, record
-from dpir_jax.restore.models import ModelInfo, describe, find_model, load_system, with_reader
+from dpir_jax.restore.models import ModelInfo, describe, load_system, with_reader
 from dpir_jax.restore.noise import canvas_noise
 from dpir_jax.restore.prompt_cache import PromptCache
 from dpir_jax.restore.settings import Defaults, Settings

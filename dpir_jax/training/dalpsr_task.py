@@ -8,6 +8,14 @@ The objective is the system's: noise or velocity on DDPM's path, t uniform over 
 flow. The degradation prompt is worded from the plan that degraded the crop ("oracle"), from what IRPAD reads off it
 ("predicted"), or now one, now the other ("mix"). Captions come with the photos (`captioned`) or are worded from the
 good crop: how bright, how colourful and how detailed it is ("attributes").
+
+Words that always agree with what the photo shows need not be read. So a share of the photos (`claims`) is told of other
+strengths, and the target follows the words. With x(s) the photo degraded at its true strengths s, and c the claimed:
+
+    target = clean(x(c, at least s)) + E(x(s)) - E(x(c, at most s))
+
+"At least" and "at most" are about noise and JPEG; blur is c in both. What the words leave out stays in the picture;
+noise that is not there is smoothed away as if it were; blur that is not there is sharpened.
 """
 
 import dataclasses
@@ -15,17 +23,17 @@ import functools
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from dpir_jax import model_folder
 from dpir_jax.data.pipeline import DataConfig, make_dataset
-from dpir_jax.degradation import Recipe, interval, severities
+from dpir_jax.degradation import Recipe, apply_plan, interval, severities, with_severities
 from dpir_jax.diffusion import ddpm
 from dpir_jax.diffusion.flow import interpolate, velocity_loss
 from dpir_jax.diffusion.samplers import euler
@@ -35,8 +43,10 @@ from dpir_jax.models.controlnet import ControlNet, start_from
 from dpir_jax.models.irpad import IRPAD
 from dpir_jax.models.layers import Keys, silence
 from dpir_jax.models.patch_autoencoder import PatchAutoencoderConfig, PatchEncoder
+from dpir_jax.models.placement import per_sample
 from dpir_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from dpir_jax.models.ram import RAMConfig
+from dpir_jax.pretrained import find_model
 from dpir_jax.systems import irpad as irpad_system
 from dpir_jax.systems.config_json import from_json
 from dpir_jax.systems.dalpsr import DaLPSR, DaLPSRConfig, Prompt, makers
@@ -129,6 +139,18 @@ def captioned(
 # --- the task --------------------------------------------------------------------------------------------------------
 
 
+class Pairs(NamedTuple):
+    """What one step learns from: whole low-quality photos, and of the local crops the rest, pictures in [0, 1]."""
+
+    native: Float[Array, "B h w 3"]
+    lq: Float[Array, "N S S 3"]  # at the target size
+    hq: Float[Array, "N S S 3"]
+    labels: Int[Array, "N types"]  # the intervals to be worded
+    claimed: Bool[Array, "N"]  # whether those are not the true ones
+    at_least: Float[Array, "N S S 3"]  # `lq` as the words have it (head of this file)
+    at_most: Float[Array, "N S S 3"]
+
+
 class Texts(nnx.Module):
     """Token ids of the texts that are worded here, as constants of the step: `[N, 1, L]` each."""
 
@@ -167,8 +189,10 @@ class DaLPSRTask:
       train: "control" or "joint", see above. `mixed`: frozen networks in bfloat16, trained ones compute in it.
       recipes: of the degradation, the batch split evenly among them; `scale`.
       local_crop, crops: side and number of the crops that are cut from each degraded global picture.
-      degradation: "oracle", "predicted" or "mix", with `predicted_share` of IRPAD's; `irpad`: its model folder.
+      degradation: "oracle", "predicted" or "mix", with `predicted_share` of IRPAD's; `irpad`: its name or folder.
       captions: "attributes", "files" (`captioned`) or "none".
+      claims: the share of photos, among those of recipes of one stage, that are told of strengths two or more intervals
+        off, see the head of this file.
       caption_dropout, degradation_dropout: how often, independently, a text gives way to none.
       time, shift, start_share: of a flow: the draw of its time, its shift, the share of samples at sigma 1.
       loss_kind: of a flow: on the estimate of z_0 ("x0") or on the velocity.
@@ -197,6 +221,7 @@ class DaLPSRTask:
     degradation: Literal["oracle", "predicted", "mix"] = "oracle"
     predicted_share: float = 0.3
     irpad: str | None = None
+    claims: float = 0.0
     captions: Literal["attributes", "files", "none"] = "attributes"
     caption_dropout: float = 0.5
     degradation_dropout: float = 0.1
@@ -227,7 +252,14 @@ class DaLPSRTask:
             if getattr(self, name) not in choices:
                 raise InputError(f"task.{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
         if self.degradation != "oracle" and self.irpad is None:
-            raise InputError(f"task.degradation is {self.degradation!r}; task.irpad must name IRPAD's model folder")
+            raise InputError(f"task.degradation is {self.degradation!r}; task.irpad must name an IRPAD")
+        if self.claims and not any(self._once(name) for name in self.recipes):
+            raise InputError(f"task.claims is {self.claims}; then one of task.recipes must have one stage: first_order")
+        if self.claims and self.picture:
+            raise InputError("task.claims and task.picture contradict: a claim's target is a latent, not a picture")
+
+    def _once(self, name: str) -> bool:
+        return Recipe.named(name, scale=self.scale).first is None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -298,15 +330,16 @@ class DaLPSRTask:
         self,
         model: DaLPSRModel,
         batch: Mapping[str, Array],
-        pairs: tuple[Array, Array, Array, Array],
-        keys: tuple[jax.Array, ...],
+        pairs: Pairs,
+        key: jax.Array,
     ) -> tuple[Int[Array, "B W L"], Int[Array, "B 1 L"]]:
         """Ids of caption and degradation prompt, before any is dropped."""
-        native, _, hq, labels = pairs
+        hq, labels = pairs.hq, pairs.labels
         if self.degradation != "oracle":
-            seen = jnp.repeat(self._predicted(model.irpad, native), self.crops, 0)
-            mixed = jax.random.uniform(keys[0], (len(hq), 1)) < self.predicted_share
-            labels = seen if self.degradation == "predicted" else jnp.where(mixed, seen, labels)
+            seen = jnp.repeat(self._predicted(model.irpad, pairs.native), self.crops, 0)
+            share = 1.0 if self.degradation == "predicted" else self.predicted_share
+            read = (jax.random.uniform(key, (len(hq),)) < share) & ~pairs.claimed
+            labels = jnp.where(read[:, None], seen, labels)
         if self.captions == "files":
             caption = jnp.repeat(batch["caption"], self.crops, 0)
         elif self.captions == "attributes":
@@ -377,7 +410,8 @@ class DaLPSRTask:
         length = config.text.max_length
         sizes = config.intervals ** len(config.types), 2 ** len(ATTRIBUTES), 1
         texts = Texts(*(jnp.zeros((size, 1, length), jnp.int32) for size in sizes))
-        irpad = None if self.degradation == "oracle" else IRPAD(irpad_system.read_config(self.irpad), rngs=rngs)
+        reader = None if self.degradation == "oracle" else irpad_system.read_config(find_model(self.irpad))
+        irpad = None if reader is None else IRPAD(reader, rngs=rngs)
         critics = Critics(self.picture, rngs=rngs) if self.picture and self.picture.needs_critics else None
         teacher = PatchEncoder(self._teacher_config(), rngs=rngs) if self.teacher else None
         return DaLPSRModel(system, texts, irpad, teacher, critics)
@@ -397,38 +431,59 @@ class DaLPSRTask:
         if self.teacher:
             model.teacher = model_folder.load_network(self.teacher, "robust_encoder", model.teacher)
         if self.degradation != "oracle":
-            model.irpad = irpad_system.read_irpad(self.irpad)
+            model.irpad = irpad_system.read_irpad(find_model(self.irpad))
             own = model.irpad.config
             if (own.types, own.intervals) != (config.types, config.intervals):
                 raise InputError(f"task.irpad is {self.irpad}, which words other types or intervals than the system")
         return model
 
     def _residual_rms(self, system: DaLPSR, hq: Float[Array, "B H W 3"], key: jax.Array) -> Float[Array, "C"]:
-        _, lq, hq, _ = self._pairs(hq, None, key)
-        return jnp.sqrt(jnp.mean(jnp.square(system.encode_hq(hq) - system.encode_lq(lq)), axis=(0, 1, 2)))
+        pairs = self._pairs(hq, None, key)
+        return jnp.sqrt(jnp.mean(jnp.square(system.encode_hq(pairs.hq) - system.encode_lq(pairs.lq)), axis=(0, 1, 2)))
 
-    def _pairs(
-        self, whole: Float[Array, "B H W 3"], corners: Int[Array, "B 2"] | None, key: jax.Array
-    ) -> tuple[Float[Array, "B h w 3"], Float[Array, "B S S 3"], Float[Array, "B S S 3"], Int[Array, "B types"]]:
-        """(whole photos as they come; of the local crops: the same at the target size, originals, intervals).
-
-        Without `corners` of local crops the whole pictures are taken.
-        """
-        native, lq, labels = [], [], []
-        for i, (name, part) in enumerate(zip(self.recipes, jnp.array_split(whole, len(self.recipes)))):
-            recipe = Recipe.named(name, scale=self.scale)
-            low, plan = degrade_each(jax.random.fold_in(key, i), part, recipe)
-            native.append(low)
-            lq.append(upsample(low, self.scale))
-            labels.append(interval(severities(plan, self.config.types), self.config.intervals))
-        native, lq, labels = map(jnp.concatenate, (native, lq, labels))
+    def _pairs(self, whole: Float[Array, "B H W 3"], corners: Int[Array, "B 2"] | None, key: jax.Array) -> Pairs:
+        """Degrades whole photos and cuts the local crops. Without `corners` of those the whole pictures are taken."""
+        parts = [
+            self._degraded(jax.random.fold_in(key, i), part, Recipe.named(name, scale=self.scale))
+            for i, (name, part) in enumerate(zip(self.recipes, jnp.array_split(whole, len(self.recipes))))
+        ]
+        native, labels, claimed, *told = map(jnp.concatenate, zip(*parts))
+        pictures = [upsample(native, self.scale), whole, *(upsample(low, self.scale) for low in told)]
         spare = whole.shape[1] - self.local_crop
-        if corners is None or (self.crops, spare) == (1, 0):
-            return native, lq, whole, labels
-        step = math.lcm(self.scale, self.config.latent_factor)
-        corners = local_corners(jax.random.fold_in(key, len(self.recipes)), corners, self.crops, spare, step)
-        lq, whole, labels = (jnp.repeat(part, self.crops, 0) for part in (lq, whole, labels))
-        return native, *(cut_boxes(pictures, corners, self.local_crop) for pictures in (lq, whole)), labels
+        if corners is not None and (self.crops, spare) != (1, 0):
+            step = math.lcm(self.scale, self.config.latent_factor)
+            corners = local_corners(jax.random.fold_in(key, len(self.recipes)), corners, self.crops, spare, step)
+            labels, claimed, *pictures = (jnp.repeat(part, self.crops, 0) for part in (labels, claimed, *pictures))
+            pictures = [cut_boxes(each, corners, self.local_crop) for each in pictures]
+        lq, hq, at_least, at_most = pictures
+        return Pairs(native, lq, hq, labels, claimed, at_least, at_most)
+
+    def _degraded(
+        self, key: jax.Array, hq: Float[Array, "B H W 3"], recipe: Recipe
+    ) -> tuple[Array, Int[Array, "B types"], Bool[Array, "B"], Array, Array]:
+        """Low-quality photos, intervals to be worded, whether these are claims, and the photos as claims have them."""
+        low, plan = degrade_each(key, hq, recipe)
+        types, intervals = self.config.types, self.config.intervals
+        found = severities(plan, types)
+        labels = interval(found, intervals)
+        if not self.claims or plan.first is not None:
+            return low, labels, jnp.zeros(len(hq), bool), low, low
+        keys = jax.random.split(jax.random.fold_in(key, 1), 4)
+        far = jnp.abs(jnp.arange(intervals) - labels[..., None]) >= 2  # IRPAD's own errors are mostly nearer than that
+        other = jnp.argmax(jnp.where(far, jax.random.uniform(keys[0], far.shape), 0.0), -1)
+        told = jax.random.uniform(keys[1], (len(hq), 1)) < self.claims
+        told &= far.any(-1) & (jax.random.uniform(keys[2], labels.shape) < 0.5)  # of each type
+        claimed = jnp.any(told, -1)
+        strength = jnp.where(told, (other + jax.random.uniform(keys[3], labels.shape)) / intervals, found)
+        blur = np.array([name == "blur" for name in types])
+
+        def degraded(noise_and_jpeg: Float[Array, "B types"]) -> Float[Array, "B h w 3"]:
+            changed = with_severities(plan, jnp.where(blur, strength, noise_and_jpeg), types)
+            again = per_sample(functools.partial(apply_plan, recipe=recipe))(changed, hq)
+            return jnp.where(claimed[:, None, None, None], again, low)
+
+        at_least, at_most = degraded(jnp.maximum(strength, found)), degraded(jnp.minimum(strength, found))
+        return low, jnp.where(told, other, labels), claimed, at_least, at_most
 
     # --- loss --------------------------------------------------------------------------------------------------------
 
@@ -436,8 +491,8 @@ class DaLPSRTask:
         """The objective, plus `picture`'s terms on the decoded estimate."""
         system, keys = model.system, jax.random.split(key, 8)
         pairs = self._pairs(as_float(batch["hq"]), batch["box"], keys[0])
-        _, lq, hq, _ = pairs
-        caption, degradation = self._texts(model, batch, pairs, (keys[1],))
+        lq, hq = pairs.lq, pairs.hq
+        caption, degradation = self._texts(model, batch, pairs, keys[1])
         none = model.texts.none[...]
 
         def dropped(ids: Array, share: float, key: jax.Array) -> Array:
@@ -449,7 +504,9 @@ class DaLPSRTask:
 
         lq_latent, hq_latent = jax.lax.stop_gradient(self._latents(system, lq, hq, keys[4]))
         if self.teacher:
-            hq_latent = jax.lax.stop_gradient(system.scaled(*model.teacher(2 * lq - 1)))
+            hq_latent = jax.lax.stop_gradient(system.scaled(*model.teacher(2 * pairs.at_least - 1)))
+        if self.claims:
+            hq_latent += lq_latent - jax.lax.stop_gradient(system.encode_lq(pairs.at_most))
         x0 = system.to_flow(hq_latent, lq_latent)
         noise = jax.random.normal(keys[5], x0.shape)
         losses, time, estimate = self._objective(system, x0, noise, prompt, hint, lq_latent, keys[6])
@@ -523,8 +580,8 @@ class DaLPSRTask:
         """Rows of upsampled input | decoded latent of it | sampled | original, under the training's own prompts."""
         system = model.system
         pairs = self._pairs(as_float(batch["hq"]), batch["box"], key)
-        _, lq, hq, _ = pairs
-        prompt, hint = self._prompt(system, lq, *self._texts(model, batch, pairs, (key,)))
+        lq, hq = pairs.lq, pairs.hq
+        prompt, hint = self._prompt(system, lq, *self._texts(model, batch, pairs, key))
         lq_latent = system.encode_lq(lq)
         sampled = self.sample(system, lq_latent, prompt, hint, key)
         return jnp.clip(jnp.concatenate([lq, system.decode(lq_latent), sampled, hq], 2), 0, 1)
