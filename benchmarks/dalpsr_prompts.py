@@ -2,10 +2,12 @@
 
     python benchmarks/dalpsr_prompts.py --photos ../shared/photos/val --model dalpsr-nano --out runs/prompts
 
-predicted   IRPAD's words for the photo            wrong   the same with every interval two further on, of four
-none        no words                               fixed   0.25~0.5 of everything, for all photos
+predicted   IRPAD's words for the photo            least   0~0.25 of everything
+wrong       the same with every interval two       most    0.75~1 of everything
+            further on, of four                    none    no words
 
-Prints mean PSNR-Y, LPIPS-alex and DISTS per recipe and prompt.
+Prints mean PSNR-Y, LPIPS-alex and DISTS per recipe and prompt, and how often the predicted prompt beats the wrong one.
+`--sheet FILE` draws the photos of the last recipe under some of them.
 """
 
 import argparse
@@ -13,12 +15,16 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 from nano_quality import make_pairs, measure
+from PIL import Image
 
 import dpir_jax
+from dpir_jax.images import contact_sheet, read_pixels, write_png
 
 INTERVALS = ("0~0.25", "0.25~0.5", "0.5~0.75", "0.75~1")
-KINDS = ("predicted", "wrong", "none", "fixed")
+KINDS = ("predicted", "wrong", "least", "most", "none")
+SHOWN = ("predicted", "least", "most")
 
 
 def other(prompt: str, further: int) -> str:
@@ -29,8 +35,8 @@ def other(prompt: str, further: int) -> str:
 
 def prompts(predicted: str) -> dict[str, str]:
     """Every kind of prompt for a photo."""
-    fixed = re.sub(r"[0-9.]+~[0-9.]+", INTERVALS[1], predicted)
-    return dict(zip(KINDS, (predicted, other(predicted, 2), "", fixed)))
+    least, most = (re.sub(r"[0-9.]+~[0-9.]+", INTERVALS[end], predicted) for end in (0, -1))
+    return dict(zip(KINDS, (predicted, other(predicted, 2), least, most, "")))
 
 
 def main() -> None:
@@ -43,8 +49,9 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=512)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--sheet", type=Path)
     arguments = parser.parse_args()
-    restorer, rows = dpir_jax.load(arguments.model), []
+    restorer, rows, sheet = dpir_jax.load(arguments.model), [], []
 
     print("| recipe | prompt | PSNR-Y | LPIPS-alex | DISTS |\n|---|---|---|---|---|")
     for recipe in arguments.recipes:
@@ -58,10 +65,19 @@ def main() -> None:
                 same = kind == "predicted"
                 result = predicted if same else restorer(photo, degradation_prompt=said[kind], **options)
                 result.save(arguments.out / f"{recipe}_{kind}" / photo.name)
+            if arguments.sheet and recipe == arguments.recipes[-1]:
+                shown = [Image.open(arguments.out / f"{recipe}_{kind}" / photo.name) for kind in SHOWN]
+                sheet.append([predicted.before, *map(np.asarray, shown), read_pixels(pairs / "hq" / photo.name)])
+        scores = {}
         for kind in KINDS:
             mean = measure(arguments.out / f"{recipe}_{kind}", pairs / "hq")
             rows.append({"recipe": recipe, "prompt": kind} | mean)
+            scores[kind] = json.loads((arguments.out / f"{recipe}_{kind}.json").read_text())["photos"]
             print(f"| {recipe} | {kind} | {mean['psnr_y']:.3f} | {mean['lpips_alex']:.4f} | {mean['dists']:.4f} |")
+        better = [a["lpips_alex"] < b["lpips_alex"] for a, b in zip(scores["predicted"], scores["wrong"])]
+        print(f"LPIPS is lower under the predicted prompt than under the wrong one for {sum(better)} of {len(better)}")
+    if arguments.sheet:
+        write_png(arguments.sheet, contact_sheet(sheet, ("bicubic", *SHOWN, "original"), cell=256))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 

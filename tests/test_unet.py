@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -53,6 +55,16 @@ def test_published_sizes():
             assert count == (parameters if isinstance(parameters, int) else pytest.approx(parameters, abs=6e3))
             assert len(torch_pieces(found, rules)) == keys
     assert len(UNetConfig.sd2().skip_channels) == 12
+
+
+def test_the_last_text_token_may_join_the_time():
+    """Every residual block hears a text then, also where no transformer is."""
+    timestep, (_, _, context, _) = jnp.asarray([3, 900]), inputs()
+    for joins in (False, True):
+        network = random_network(unet(dataclasses.replace(TINY, text_in_time=joins)))
+        heard = lambda context: network.trunk.conditions(timestep, context).time  # noqa: B023, E731 -- used at once
+        np.testing.assert_array_equal(heard(context.at[:, 0].add(1)), heard(context))
+        assert bool((heard(context.at[:, -1].add(1)) != heard(context)).any()) == joins
 
 
 def test_published_configs_are_read():

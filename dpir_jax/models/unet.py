@@ -50,6 +50,9 @@ class UNetConfig:
       layers_per_block: layers per level of the trunk; the way up has one more.
       context_dim: width of the text tokens.
       image_context_dim: width of the image tokens (SeeSR: 512), or None for a network without image attention.
+      text_in_time: the last text token, which in a causal tower has seen the whole text, joins the time embedding, as
+        a pooled text does in SDXL (arXiv 2307.01952): every residual block hears it. A small network that starts from
+        nothing does not learn to read a text by cross-attention alone in any reasonable time.
       groups: of every group norm.
     """
 
@@ -61,6 +64,7 @@ class UNetConfig:
     layers_per_block: int = 2
     context_dim: int = 1024
     image_context_dim: int | None = None
+    text_in_time: bool = False
     groups: int = 32
 
     def __post_init__(self) -> None:
@@ -113,6 +117,7 @@ class UNetConfig:
             attention=(False, True, True),
             layers_per_block=1,
             context_dim=64,
+            text_in_time=True,
             groups=8,
         )
 
@@ -334,6 +339,8 @@ class Trunk(nnx.Module):
         make = {"rngs": rngs, "precision": precision}
         self.config = config
         self.time_embed = ConditionEmbedding(config.block_out_channels[0], config.time_dim, **make)
+        if config.text_in_time:
+            self.text_embed = ConditionEmbedding(config.context_dim, config.time_dim, **make)
         self.conv_in = conv(config.in_channels, config.block_out_channels[0], 3, padding=1, **make)
         self.levels = nnx.List(DownLevel(config, level, **make) for level in range(len(config.block_out_channels)))
         self.middle = Middle(config, **make)
@@ -346,6 +353,8 @@ class Trunk(nnx.Module):
     ) -> Conditions:
         """What the layers look at; the time embedding is in float32."""
         time = self.time_embed(timestep_embedding(timestep, self.config.block_out_channels[0]))
+        if self.config.text_in_time:
+            time += self.text_embed(context[:, -1])
         return Conditions(time, context, image_context)
 
     def __call__(self, x: Picture, conditions: Conditions) -> Control:
