@@ -157,6 +157,14 @@ def test_traffic_of_a_program():
     assert found.unknown_loops == 0
 
 
+def test_a_loop_whose_counter_grows_by_two():
+    counted = "  %two = s32[] constant(2)\n  %next = s32[] add(%n, %two)\n  ROOT %t = "
+    body, condition = PROGRAM.split("\n%condition", 1)
+    body = body.replace("  ROOT %t = ", counted).replace("tuple(%n, %w)", "tuple(%next, %w)")
+    found = hlo.traffic(f"{body}\n%condition{condition}").collectives["all-gather"]
+    assert found == hlo.traffic(PROGRAM).collectives["all-gather"] / 2
+
+
 def test_traffic_of_a_compiled_program():
     """XLA's text for eight CPU devices: the weights of a loop are gathered in each round."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))

@@ -45,6 +45,14 @@ def condition(system, pictures, text=None):
     return system.condition(*system.visual(system.local_view(view), (cls[:, None], embed[:, None])), text)
 
 
+def test_both_views_at_once(system, pictures):
+    local, tile = (clip_preprocess(x, CONFIG.clip_tokens.image_size) for x in (pictures, 1 - pictures))
+    found = jax.jit(lambda s, *views: s.views(*views))(system, local, tile)
+    expected = jax.jit(lambda s, local, tile: (s.local_view(local), s.global_view(tile)))(system, local, tile)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(one.reshape(other.shape), other, atol=1e-5)
+
+
 def test_the_untrained_system_returns_what_its_encoder_sees(pictures):
     @jax.jit
     def restore(system, pictures):

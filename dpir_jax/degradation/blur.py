@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-HIGHEST = jax.lax.Precision.HIGHEST
+from dpir_jax.products import finely
+
 LANES = 128  # of a TPU
 
 
@@ -76,7 +77,7 @@ def correlate_by_bands(padded: Float[Array, "C H+K-1 W+K-1"], kernel: Float[Arra
 
     def add(total: Array, row: Array) -> tuple[Array, None]:
         part = jax.lax.dynamic_slice_in_dim(windows, row, height, axis=1)
-        return total + jnp.einsum("chbi,io->chbo", part, bands[row], precision=HIGHEST), None
+        return total + jnp.einsum("chbi,io->chbo", part, bands[row], precision=jax.lax.Precision.HIGH), None
 
     empty = jnp.zeros((padded.shape[0], height, blocks, LANES), padded.dtype)
     total, _ = jax.lax.scan(add, empty, jnp.arange(size))
@@ -125,7 +126,7 @@ def sharpen(
     rows, columns = (blur_matrix(size, radius) for size in planes.shape[-2:])
 
     def blurred(planes: Float[Array, "B C H W"]) -> Float[Array, "B C H W"]:
-        return jnp.matmul(jnp.matmul(rows, planes, precision=HIGHEST), columns.T, precision=HIGHEST)
+        return finely(jnp.matmul, finely(jnp.matmul, rows, planes), columns.T)
 
     residual = planes - blurred(planes)
     soft = blurred((abs(residual) * 255 > threshold).astype(planes.dtype))

@@ -6,7 +6,7 @@
 (Real-ESRGAN `realesrgan_model.py`.) Every sample has its own scales, so its own sizes between the steps. Shapes stay
 static: the picture lies at the origin of a canvas, and each operator knows the picture's true size. Samples run one
 after another (`lax.map`), so that a `lax.switch` skips the branches that a sample does not take, among them all
-canvases but the smallest that holds it. Across devices, split the batch with `jax.shard_map`.
+canvases but the smallest that holds it (a TPU has one canvas). Across devices, split the batch with `jax.shard_map`.
 """
 
 from functools import partial
@@ -102,7 +102,10 @@ def _native(plan: Plan, planes: Planes, table: Table) -> Planes:
 
 
 def _first_stage(plan: Plan, planes: Planes, size_out: Size, canvas_out: tuple[int, int], recipe: Recipe) -> Planes:
-    """Everything up to resize 2, on the smallest canvas that holds what resize 1 gives."""
+    """Everything up to resize 2, on the smallest canvas that holds what resize 1 gives; on a TPU on the largest.
+
+    A TPU loses little time on a large canvas, and its compiler takes most of a minute over each.
+    """
     first, second = plan.first, plan.second
     high = planes.shape[1:]
     size = tuple(_scaled(side, first.resize_scale) for side in high)
@@ -120,7 +123,9 @@ def _first_stage(plan: Plan, planes: Planes, size_out: Size, canvas_out: tuple[i
 
     fits = jnp.array([(size[0] <= a) & (size[1] <= b) for a, b in canvases])
     planes = _blurred(planes, first.blur, high)
-    return jax.lax.switch(jnp.argmax(fits), [partial(run, canvas=canvas) for canvas in canvases], planes)
+    runs = [partial(run, canvas=canvas) for canvas in canvases]
+    smallest = partial(jax.lax.switch, jnp.argmax(fits), runs)
+    return jax.lax.platform_dependent(planes, tpu=runs[-1], default=smallest)
 
 
 def _blurred(planes: Planes, blur: Blur, size: Size) -> Planes:

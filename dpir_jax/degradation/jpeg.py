@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dpir_jax.degradation.blur import HIGHEST
+from dpir_jax.products import finely
 
 Table = Literal["published", "standard", "libjpeg"]
 TABLES = get_args(Table)
@@ -74,12 +74,12 @@ def jpeg(
     tables = np.stack([_LUMA.T if table == "published" else _LUMA, _CHROMA, _CHROMA]).reshape(3, 64)
     factor = jnp.where(quality < 50, 50 / quality, 2 - quality / 50)
     tables = jnp.clip(jnp.floor(tables * factor + 0.5), 1, 255) if libjpeg else tables * factor
-    divisor = jnp.repeat(tables, np.array(counts), axis=0, total_repeat_length=sum(counts))
-    coefficients = jnp.matmul(jnp.concatenate(blocks), _DCT2.T, precision=HIGHEST) / divisor
+    divisor = jnp.concatenate([jnp.broadcast_to(row, (count, 64)) for row, count in zip(tables, counts)])
+    coefficients = finely(jnp.matmul, jnp.concatenate(blocks), _DCT2.T) / divisor
     rounded = jnp.round(coefficients)
     if differentiable:
         rounded = rounded + (coefficients - rounded) ** 3
-    decoded = jnp.split(jnp.matmul(rounded * divisor, _DCT2, precision=HIGHEST), np.cumsum(counts)[:-1])
+    decoded = jnp.split(finely(jnp.matmul, rounded * divisor, _DCT2), np.cumsum(counts)[:-1])
 
     shape = luma.shape
     luma = _unblocked(decoded[0], shape) + 128

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dpir_jax.degradation.blur import HIGHEST
+from dpir_jax.products import finely
 
 MODES = ("area", "bilinear", "bicubic")
 _A = -0.75  # PyTorch's bicubic coefficient
@@ -74,4 +74,4 @@ def resample(
     planes: Float[Array, "C H W"], rows: Float[Array, "h H"], columns: Float[Array, "w W"]
 ) -> Float[Array, "C h w"]:
     """Applies the matrices of `resize_matrices`; zeros beyond the picture on the new canvas."""
-    return jnp.matmul(jnp.matmul(rows, planes, precision=HIGHEST), columns.T, precision=HIGHEST)
+    return finely(jnp.matmul, finely(jnp.matmul, rows, planes), columns.T)

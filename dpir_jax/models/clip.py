@@ -8,6 +8,7 @@ The semantics are those of `CLIPVisionModelWithProjection` and `CLIPTextModel` o
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from dpir_jax.errors import InputError
 from dpir_jax.models.attention import attention
 from dpir_jax.models.layers import conv, dense, layer_norm, scan_blocks, stack
 from dpir_jax.models.precision import FLOAT32, Precision
+from dpir_jax.products import finely
 
 EPSILON = 1e-5  # of every layer norm
 HIDDEN = -1e30  # added to the logits of later tokens; finite, so that no backend can make a NaN of it
@@ -257,10 +259,9 @@ def clip_preprocess(images: Float[Array, "B H W 3"], size: int = 224) -> Float[A
     def eight_bit(x: jax.Array) -> jax.Array:
         return jnp.floor(jnp.clip(x, 0, 255) + 0.5)
 
-    exact = jax.lax.Precision.HIGHEST  # bfloat16 products would be off by more than one of the 256 steps
     x = eight_bit(images.astype(jnp.float32) * 255)
-    x = eight_bit(jnp.einsum("pw,bhwc->bhpc", columns, x, precision=exact))
-    x = eight_bit(jnp.einsum("ph,bhwc->bpwc", rows, x, precision=exact))
+    x = eight_bit(finely(partial(jnp.einsum, "pw,bhwc->bhpc"), columns, x))
+    x = eight_bit(finely(partial(jnp.einsum, "ph,bhwc->bpwc"), rows, x))
     return (x / 255 - jnp.asarray(MEAN)) / jnp.asarray(DEVIATION)
 
 

@@ -26,6 +26,7 @@ from dpir_jax.errors import InputError
 from dpir_jax.models.attention import attention
 from dpir_jax.models.embeddings import ConditionEmbedding, patchify, position_table, timestep_embedding, unpatchify
 from dpir_jax.models.layers import conv, dense, group_norm, rematerialized, rms_norm, scan_blocks, stack
+from dpir_jax.models.placement import constrain
 from dpir_jax.models.precision import FLOAT32, Precision
 
 Tokens = Float[Array, "B N D"]
@@ -216,6 +217,15 @@ def modulation(features: int, parts: int, rngs: nnx.Rngs, precision: Precision) 
     return dense(features, parts * features, "cm", rngs=rngs, precision=precision, init=nnx.initializers.zeros_init())
 
 
+def vectors(layer: nnx.Linear, condition: Condition, parts: int) -> list[Condition]:
+    """What a `modulation` makes of the condition.
+
+    A device computes its own samples. Left alone, the compiler has it compute some columns for the samples of all
+    devices and then exchange them: more to send on a larger mesh, and minutes of compilation for 256 chips.
+    """
+    return jnp.split(constrain(layer(condition), "B_"), parts, axis=-1)
+
+
 class Projections(nnx.Module):
     """Queries, keys and values of one stream, and optionally the way back."""
 
@@ -275,9 +285,9 @@ class Block(nnx.Module):
 
     def __call__(self, hidden: Tokens, context: Tokens, condition: Condition) -> tuple[Tokens, Tokens]:
         """(picture tokens [B, N, D], context tokens [B, L, D]) -> the same; `condition` = SiLU(time + pooled)."""
-        parts = jnp.split(self.modulation(condition), 9 if self.dual else 6, axis=-1)
+        parts = vectors(self.modulation, condition, 9 if self.dual else 6)
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = parts[:6]
-        context_parts = jnp.split(self.context_modulation(condition), 2 if self.last else 6, axis=-1)
+        context_parts = vectors(self.context_modulation, condition, 2 if self.last else 6)
 
         normal = standardize(hidden)
         q, k, v = self.attention(modulate(normal, shift, scale).astype(hidden.dtype))
@@ -357,7 +367,7 @@ class MMDiT(nnx.Module):
 
     def project(self, hidden: Tokens, condition: Condition, grid: tuple[int, int]) -> Float[Array, "B H W C"]:
         """The final norm and projection: tokens -> velocity."""
-        shift, scale = jnp.split(self.final_modulation(condition), 2, axis=-1)
+        shift, scale = vectors(self.final_modulation, condition, 2)
         tokens = self.final(modulate(standardize(hidden), shift, scale).astype(hidden.dtype))
         return unpatchify(tokens, *grid, self.config.patch_size)
 

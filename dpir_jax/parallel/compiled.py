@@ -72,6 +72,7 @@ def report(program: Program, chip: Chip | None) -> tuple[dict[str, Any], Any]:
     memory = _memory(program, compiled, refused, chip)
     result: dict[str, Any] = {
         "fits": compiled is not None and (chip is None or memory["total"] <= memory["available"]),
+        "effort": jax.config.jax_exec_time_optimization_effort,  # of the compiler, from -1 to 1
         "chip": chip.name if chip else jax.devices()[0].device_kind,
         "chips": chips,
         "mesh": dict(program.mesh.shape),

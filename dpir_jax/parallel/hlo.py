@@ -211,8 +211,27 @@ def _rounds(loop: Instruction, computations: dict[str, Computation]) -> int | No
     root = next(each for each in condition.values() if each.root)
     if root.opcode != "compare" or "direction=LT" not in root.attributes:
         return None
-    bounds = [condition[name] for name in root.operands if name in condition and condition[name].opcode == "constant"]
-    return int(bounds[0].arguments) if len(bounds) == 1 and bounds[0].arguments.isdigit() else None
+    bounds = [bound for name in root.operands if (bound := _number(condition, name)) is not None]
+    counters = [condition[name] for name in root.operands if name in condition and _number(condition, name) is None]
+    return -(-bounds[0] // _step(counters, computations[loop.called("body")])) if len(bounds) == 1 else None
+
+
+def _step(counters: list[Instruction], body: Computation) -> int:
+    """What the body adds to a loop's counter: 2 where XLA has unrolled a matrix product that gathers as it goes."""
+    place = re.search(r"index=(\d+)", counters[0].attributes) if counters else None
+    results = next((each.operands for each in body.values() if each.root and each.opcode == "tuple"), ())
+    added = body.get(results[int(place[1])]) if place and int(place[1]) < len(results) else None
+    while added and added.opcode == "copy":
+        added = body.get(added.operands[0])
+    steps = [_number(body, name) for name in added.operands] if added and added.opcode == "add" else []
+    return next((step for step in steps if step), 1)
+
+
+def _number(computation: Computation, name: str) -> int | None:
+    """The value of a whole, positive constant; None for anything else."""
+    found = computation.get(name)
+    constant = found is not None and found.opcode == "constant" and found.arguments.isdigit()
+    return int(found.arguments) if constant else None
 
 
 # --- how much --------------------------------------------------------------------------------------------------------

@@ -154,6 +154,20 @@ def without_cache() -> Iterator[None]:
         compilation_cache.reset_cache()
 
 
+@contextlib.contextmanager
+def quickly() -> Iterator[None]:
+    """Has the compiler spend its least on the order of instructions, which takes most of its time.
+
+    What is sent stays the same, memory nearly so.
+    """
+    before = jax.config.jax_exec_time_optimization_effort
+    jax.config.update("jax_exec_time_optimization_effort", -1.0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_exec_time_optimization_effort", before)
+
+
 @functools.cache
 def _description(topology: Topology) -> topologies.TopologyDescription:
     expect_no_chips()

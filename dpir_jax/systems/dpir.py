@@ -230,6 +230,16 @@ class DPIR(nnx.Module):
         """E1's class token and E2's embedding of global tiles, normalised by `clip_preprocess`."""
         return self.clip_tokens(pixels)[0][:, 0], self.clip_embed(pixels)[1]
 
+    def views(
+        self, local: Float[Array, "B S S 3"], tile: Float[Array, "B S S 3"]
+    ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+        """`local_view(local)`, and `global_view` of one tile for each ([B, 1, C]); every tower runs once, over both."""
+        count = len(local)
+        pixels = jnp.stack([local, tile], 1).reshape(2 * count, *local.shape[1:])  # on a mesh no sample moves
+        tokens, embeds = self.clip_tokens(pixels)[0], self.clip_embed(pixels)[1]
+        tokens, embeds = (x.reshape(count, 2, *x.shape[1:]) for x in (tokens, embeds))
+        return (tokens[:, 0], embeds[:, 0]), (tokens[:, 1:, 0], embeds[:, 1:])
+
     def text_tokens(self, ids: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """T5 tokens; padding takes part, as published (no mask).
 

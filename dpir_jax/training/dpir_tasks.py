@@ -36,6 +36,7 @@ from dpir_jax.models.layers import Keys, silence
 from dpir_jax.models.patch_autoencoder import PatchAutoencoder, PatchAutoencoderConfig, PatchEncoder
 from dpir_jax.models.placement import per_sample
 from dpir_jax.models.precision import FLOAT32, MIXED, Precision
+from dpir_jax.products import finely
 from dpir_jax.systems.config_json import to_json
 from dpir_jax.systems.dpir import DPIR, Condition, DPIRConfig
 from dpir_jax.systems.dpir_folder import read_dpir, save_dpir
@@ -206,7 +207,8 @@ def picture_loss(
 def upsample(lq: Float[Array, "B h w 3"], scale: int) -> Float[Array, "B H W 3"]:
     """Bicubic (a = -0.5), clipped: how a low-quality picture gets to the target size before E_dr."""
     batch, height, width, _ = lq.shape
-    return jnp.clip(jax.image.resize(lq, (batch, height * scale, width * scale, 3), "cubic"), 0, 1)
+    size = (batch, height * scale, width * scale, 3)
+    return jnp.clip(finely(functools.partial(jax.image.resize, shape=size, method="cubic"), lq), 0, 1)
 
 
 def degrade_each(key: jax.Array, hq: Float[Array, "B H W 3"], recipe: Recipe) -> tuple[Float[Array, "B h w 3"], Plan]:
@@ -607,9 +609,7 @@ class DiTTask:
         else:
             seen = look(latent_key, *pictures, *stored)
         lq, hq, lq_latent, hq_latent, *views = seen
-        local = system.local_view(views[0])
-        cls, embed = system.global_view(views[1])
-        visual = system.visual(local, (cls[:, None], embed[:, None]))
+        visual = system.visual(*system.views(*views))
         return lq, hq, lq_latent if self.train_encoder else jax.lax.stop_gradient(lq_latent), hq_latent, visual
 
     def _text(self, system: DPIR, batch: Mapping[str, Array]) -> Float[Array, "B T D"] | None:
