@@ -143,6 +143,13 @@ def test_unknown_words_are_passed_over_and_said(caplog):
     ]
 
 
+def test_numbers_and_other_scripts_are_words_too():
+    tokenizer = WordTokenizer(("0~0.25", "caf\u00e9", "sigma"))
+    assert tokenizer.ids("Sigma 0~0.25.") == tokenizer.ids("sigma 0~0.25") == [5, 3]
+    assert tokenizer.ids("Caf\u00c9") == [4]
+    assert tokenizer.passed_over("sigma 0.5, \u516c\u5712").endswith("passes over: 0.5, ,, \u516c\u5712")
+
+
 def test_long_texts_fill_windows_and_what_is_cut_is_said(caplog):
     tokenizer = WordTokenizer(tuple("abcdefghij"))
     with caplog.at_level(logging.WARNING):

@@ -24,7 +24,7 @@ from dpir_jax.files import read_json
 log = logging.getLogger(__name__)
 
 WORDS_FILE = "words.json"
-WORD = re.compile(r"[0-9.]+~[0-9.]+|[a-z]+|,")  # an interval is one word
+WORD = re.compile(r"[0-9.]*[0-9](?:~[0-9.]*[0-9])?|[^\W\d_]+|,")  # an interval is one word
 
 
 class Tokenizer(Protocol):
