@@ -7,7 +7,7 @@ wrong       the same with every interval two       most    0.75~1 of everything
             further on, of four                    none    no words
 
 Prints mean PSNR-Y, LPIPS-alex and DISTS per recipe and prompt, and how often the predicted prompt beats the wrong one.
-`--sheet FILE` draws the photos of the last recipe under some of them.
+Needs the weights of DISTS (docs/metrics.md).
 """
 
 import argparse
@@ -15,16 +15,12 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 from nano_quality import make_pairs, measure
-from PIL import Image
 
 import dpir_jax
-from dpir_jax.images import contact_sheet, read_pixels, write_png
 
 INTERVALS = ("0~0.25", "0.25~0.5", "0.5~0.75", "0.75~1")
 KINDS = ("predicted", "wrong", "least", "most", "none")
-SHOWN = ("predicted", "least", "most")
 
 
 def other(prompt: str, further: int) -> str:
@@ -49,9 +45,8 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=512)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--sheet", type=Path)
     arguments = parser.parse_args()
-    restorer, rows, sheet = dpir_jax.load(arguments.model), [], []
+    restorer, rows = dpir_jax.load(arguments.model), []
 
     print("| recipe | prompt | PSNR-Y | LPIPS-alex | DISTS |\n|---|---|---|---|---|")
     for recipe in arguments.recipes:
@@ -65,9 +60,6 @@ def main() -> None:
                 same = kind == "predicted"
                 result = predicted if same else restorer(photo, degradation_prompt=said[kind], **options)
                 result.save(arguments.out / f"{recipe}_{kind}" / photo.name)
-            if arguments.sheet and recipe == arguments.recipes[-1]:
-                shown = [Image.open(arguments.out / f"{recipe}_{kind}" / photo.name) for kind in SHOWN]
-                sheet.append([predicted.before, *map(np.asarray, shown), read_pixels(pairs / "hq" / photo.name)])
         scores = {}
         for kind in KINDS:
             mean = measure(arguments.out / f"{recipe}_{kind}", pairs / "hq")
@@ -76,8 +68,6 @@ def main() -> None:
             print(f"| {recipe} | {kind} | {mean['psnr_y']:.3f} | {mean['lpips_alex']:.4f} | {mean['dists']:.4f} |")
         better = [a["lpips_alex"] < b["lpips_alex"] for a, b in zip(scores["predicted"], scores["wrong"])]
         print(f"LPIPS is lower under the predicted prompt than under the wrong one for {sum(better)} of {len(better)}")
-    if arguments.sheet:
-        write_png(arguments.sheet, contact_sheet(sheet, ("bicubic", *SHOWN, "original"), cell=256))
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=2) + "\n")
 

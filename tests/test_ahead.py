@@ -221,6 +221,7 @@ def recipe():
 
 def test_a_step_compiled_for_a_tpu_slice(recipe):
     found = ahead.compile_for(recipe, parse_topology("v5e-8"), 2)
+    assert found["effort"] == 0
     assert found["fits"]
     assert list(found)[:3] == ["fits", "topology", "name"]
     assert (found["chips"], found["batch"]) == (8, 16)
@@ -294,11 +295,12 @@ def test_a_search_ends_at_the_largest_batch(recipe, monkeypatch):
 
 
 def test_a_sampling_step_compiled_for_a_tpu(capsys, tmp_path):
-    """The restorer's own step; along DDPM's path it is traced alone."""
+    """The restorer's own step, quickly; along DDPM's path it is traced alone."""
     out = tmp_path / "report.json"
     command = ["compile", "--config", "tests/ahead_recipe.py:dpir", "--sampling", "--topology", "v5e-1"]
-    assert main([*command, "--batch-per-chip", "2", "--json", str(out)]) == 0
+    assert main([*command, "--batch-per-chip", "2", "--quick", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
+    assert (found["effort"], jax.config.jax_exec_time_optimization_effort) == (-1, 0)  # of this compilation alone
     assert (next(iter(found)), found["batch"], found["steps"]) == ("fits", 2, 28)
     net = nnx.eval_shape(lambda: MMDiT(DPIRConfig.tiny().mmdit, rngs=Keys(0)))
     weights = 2 * sum(leaf.size for leaf in jax.tree.leaves(net))  # bytes in bfloat16; the scale of residuals beside

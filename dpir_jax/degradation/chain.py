@@ -104,7 +104,7 @@ def _native(plan: Plan, planes: Planes, table: Table) -> Planes:
 def _first_stage(plan: Plan, planes: Planes, size_out: Size, canvas_out: tuple[int, int], recipe: Recipe) -> Planes:
     """Everything up to resize 2, on the smallest canvas that holds what resize 1 gives; on a TPU on the largest.
 
-    A TPU loses little time on a large canvas, and its compiler takes most of a minute over each.
+    A TPU's compiler takes most of a minute over each canvas. What the large one costs a step was not measured.
     """
     first, second = plan.first, plan.second
     high = planes.shape[1:]

@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from dpir_jax import model_folder
 from dpir_jax.data.pipeline import DataConfig, make_dataset
-from dpir_jax.degradation import Recipe, apply_plan, interval, severities, with_severities
+from dpir_jax.degradation import Recipe, interval, severities, with_severities
 from dpir_jax.diffusion import ddpm
 from dpir_jax.diffusion.flow import interpolate, velocity_loss
 from dpir_jax.diffusion.samplers import euler
@@ -43,7 +43,6 @@ from dpir_jax.models.controlnet import ControlNet, start_from
 from dpir_jax.models.irpad import IRPAD
 from dpir_jax.models.layers import Keys, silence
 from dpir_jax.models.patch_autoencoder import PatchAutoencoderConfig, PatchEncoder
-from dpir_jax.models.placement import per_sample
 from dpir_jax.models.precision import BFLOAT16, FLOAT32, MIXED, Precision
 from dpir_jax.models.ram import RAMConfig
 from dpir_jax.pretrained import find_model
@@ -56,6 +55,7 @@ from dpir_jax.systems.tokenizers import Tokenizer, WordTokenizer, filled, read_t
 from dpir_jax.training.dpir_tasks import (
     Critics,
     PictureLoss,
+    apply_each,
     as_float,
     cut_boxes,
     degrade_each,
@@ -479,8 +479,7 @@ class DaLPSRTask:
 
         def degraded(noise_and_jpeg: Float[Array, "B types"]) -> Float[Array, "B h w 3"]:
             changed = with_severities(plan, jnp.where(blur, strength, noise_and_jpeg), types)
-            again = per_sample(functools.partial(apply_plan, recipe=recipe))(changed, hq)
-            return jnp.where(claimed[:, None, None, None], again, low)
+            return jnp.where(claimed[:, None, None, None], apply_each(changed, hq, recipe), low)
 
         at_least, at_most = degraded(jnp.maximum(strength, found)), degraded(jnp.minimum(strength, found))
         return low, jnp.where(told, other, labels), claimed, at_least, at_most

@@ -214,7 +214,12 @@ def upsample(lq: Float[Array, "B h w 3"], scale: int) -> Float[Array, "B H W 3"]
 def degrade_each(key: jax.Array, hq: Float[Array, "B H W 3"], recipe: Recipe) -> tuple[Float[Array, "B h w 3"], Plan]:
     """`degradation.degrade`; on a mesh each device degrades its own samples, whose draws do not depend on that."""
     plan = draw_plan(key, recipe, *hq.shape[:3])
-    return per_sample(functools.partial(apply_plan, recipe=recipe))(plan, hq), plan
+    return apply_each(plan, hq, recipe), plan
+
+
+def apply_each(plan: Plan, hq: Float[Array, "B H W 3"], recipe: Recipe) -> Float[Array, "B h w 3"]:
+    """`degradation.apply_plan`, each device on its own samples."""
+    return per_sample(functools.partial(apply_plan, recipe=recipe))(plan, hq)
 
 
 def make_pairs(key: jax.Array, hq: Float[Array, "B H W 3"], recipes: tuple[Recipe, ...]) -> Float[Array, "B H W 3"]:
