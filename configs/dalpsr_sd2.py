@@ -27,7 +27,7 @@ def get_config(stage: str = "split") -> ConfigDict:
     config.batch, config.steps = 32, 100_000  # OPEN: SeeSR's author, issue 12
     config.ema_decay = 0.999  # OPEN
     config.log_every, config.preview_every, config.checkpoint_every, config.keep = 50, 1000, 1000, 3
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": -1})
     config.remat, config.frozen_dtype = "full", "bfloat16"
 
     config.task_type = "dpir_jax.training.dalpsr_task:DaLPSRTask"

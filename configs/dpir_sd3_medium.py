@@ -24,7 +24,7 @@ def get_config(stage: str = "dit") -> ConfigDict:
     config.warmup_steps, config.schedule = 500, "constant"  # code
     config.ema_decay = 0.9999  # code offers EMA, default off; OPEN: the decay
     config.log_every, config.preview_every, config.checkpoint_every, config.keep = 50, 1000, 1000, 3
-    config.mesh = ConfigDict({"data": 1, "fsdp": -1})
+    config.mesh = ConfigDict({"data": -1, "fsdp": -1})
     if stage == "encoder":
         config.task_type = "dpir_jax.training.dpir_tasks:EncoderTask"
         picture = ConfigDict({"l1": 1.0, "lpips": 1.0, "adversarial": 0.1, "crop": 0, "stages": 5})  # OPEN: the weights

@@ -17,6 +17,7 @@ from dpir_jax.models.layers import Keys
 from dpir_jax.models.mmdit import MMDiT
 from dpir_jax.parallel import compiled, hlo
 from dpir_jax.parallel.flops import count_flops
+from dpir_jax.parallel.mesh import axis_sizes
 from dpir_jax.parallel.roofline import Roofline, roofline
 from dpir_jax.parallel.topologies import GENERATIONS, GIB, devices, parse_topology
 from dpir_jax.restore.ahead import abstract_sampling
@@ -140,10 +141,40 @@ ENTRY %main (w: f32[6,16,128], x: bf16[3,5]) -> bf16[3,5] {
   %x = bf16[3,5]{1,0:T(8,128)(2,1)} parameter(1)
   %zero = s32[]{:T(128)} constant(0)
   %t = (s32[]{:T(128)}, f32[6,16,128]{2,1,0:T(8,128)}) tuple(%zero, %w)
+  %kernel = f32[16,128]{1,0:T(8,128)S(1)} custom-call(), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{\\"block_q\\": 512}"
+}}, metadata={op_name="jit(f)/pallas_call"}
   %loop = (s32[]{:T(128)}, f32[6,16,128]{2,1,0:T(8,128)}) while(%t), condition=%condition, body=%body
   ROOT %sum = bf16[3,5]{1,0:T(8,128)(2,1)} all-reduce(%x), channel_id=3, replica_groups=[2,4]<=[8], to_apply=%add
 }
 """
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        ("{{0,1,2},{3,4,5}}", 3),
+        ("[16,16]<=[256]", 16),
+        ("[2,4]<=[4,2]T(1,0)", 4),
+        ("mesh['a'=4,'b'=1,'c'=8], device_ids=([8,4]T(1,0)) {'a','b'}", 4),
+        ("mesh['a'=256] {'a'}", 256),
+        ("{}", 256),
+    ],
+)
+def test_sizes_of_groups(groups, size):
+    line = "ROOT %sum = f32[8]{0:T(128)} all-reduce(%x), channel_id=1, replica_groups=" + groups + ", to_apply=%add"
+    text = "HloModule m, num_partitions=256\n\nENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0:T(128)} parameter(0)\n  "
+    assert hlo.traffic(text + line + "\n}\n").collectives == {"all-reduce": 2 * (size - 1) / size * 8 * 4}
+
+
+def test_a_program_without_an_end_is_an_error():
+    with pytest.raises(ValueError, match=r"cannot read the program: main has no root"):
+        hlo.traffic(PROGRAM[: PROGRAM.index("  ROOT %sum")])
+
+
+def test_groups_written_in_an_unknown_way_are_an_error():
+    with pytest.raises(ValueError, match="unknown way to write groups"):
+        hlo.traffic(PROGRAM.replace("[2,4]<=[8]", "<8>"))
 
 
 def test_traffic_of_a_program():
@@ -255,6 +286,28 @@ def test_a_step_measured_on_the_devices_here():
     assert found["fits"]
     assert found["measured"]["images_per_second_per_chip"] == 1 / found["measured"]["step"]
     assert "measured:" in compiled.describe(found)
+
+
+def test_a_search_on_many_chips_also_cuts_by_all_of_them(recipe, monkeypatch):
+    """Two meshes of one preset are two candidates: the largest batch is looked for on the mesh that was best."""
+    tried = []
+
+    def compile_for(recipe, topology, batch):
+        mesh = axis_sizes(recipe.train.mesh, topology.chips)
+        tried.append((recipe.train.sharding, mesh["fsdp"], batch))
+        fits = recipe.train.sharding == "fsdp" and batch <= (3 if mesh["fsdp"] == 64 else 1)
+        return {
+            "fits": fits,
+            "sharding": recipe.train.sharding,
+            "batch_per_chip": float(batch),
+            "roofline": {"images_per_second_per_chip": batch},
+            "memory_per_chip": {"total": batch},
+        }
+
+    monkeypatch.setattr(ahead, "compile_for", compile_for)
+    list(ahead.search(recipe, parse_topology("v5e-64")))
+    assert [batch for *mesh, batch in tried if mesh == ["fsdp", 16]] == [1, 2]
+    assert [batch for *mesh, batch in tried if mesh == ["fsdp", 64]] == [1, 2, 4, 3]
 
 
 def test_the_best_of_a_search():

@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from dpir_jax.errors import InputError
-from dpir_jax.parallel.mesh import MeshConfig, make_mesh
+from dpir_jax.parallel.mesh import MeshConfig, axis_sizes, make_mesh
 from dpir_jax.parallel.sharding import FSDP, ShardingRules, check_batch, put_batch
 from dpir_jax.training.config import TrainConfig
 from dpir_jax.training.state import fingerprint, init_state
@@ -73,13 +73,20 @@ def test_random_numbers_do_not_depend_on_the_mesh():
     [
         (MeshConfig(-1, 3), "does not divide the 8"),
         (MeshConfig(2, 2), "needs 4 devices and there are 8"),
-        (MeshConfig(-1, -1), "both -1"),
+        (MeshConfig(-1, tensor=-1), "mesh.data and mesh.tensor are all -1"),
         (MeshConfig(0, 1), "mesh.data is 0"),
     ],
 )
 def test_a_mesh_that_does_not_fit_the_devices(config, word):
     with pytest.raises(InputError, match=word):
         make_mesh(config)
+
+
+@pytest.mark.parametrize(("devices", "shape"), [(1, (1, 1)), (8, (1, 8)), (24, (2, 12)), (256, (16, 16)), (34, (17, 2))])
+def test_data_and_fsdp_share_the_devices(devices, shape):
+    """In groups of up to 16, whose number divides the devices."""
+    assert axis_sizes(MeshConfig(-1, -1), devices) == {"data": shape[0], "fsdp": shape[1], "tensor": 1, "context": 1}
+    assert axis_sizes(MeshConfig(-1, -1, tensor=2), 2 * devices)["fsdp"] == shape[1]
 
 
 def test_a_batch_that_the_mesh_does_not_divide():

@@ -120,7 +120,11 @@ def traffic(text: str) -> Traffic:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """All computations by name, and the name of the one that the program starts with."""
+    """All computations by name, and the name of the one that the program starts with.
+
+    Raises:
+      ValueError: a computation without an end, so the text has something in it that is not understood here.
+    """
     computations: dict[str, Computation] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -128,10 +132,12 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
             if line.endswith("{") and (match := re.match(r"(ENTRY )?%?([\w.\-]+) \(", line)):
                 current = computations.setdefault(match[2], {})
                 entry = match[2] if match[1] else entry
-        elif line.startswith("}"):
+        elif line == "}" or line.startswith("}, execution_thread"):  # a kernel's attributes have lines with "}" too
             current = None
         elif instruction := _instruction(line):
             current[instruction.name] = instruction
+    if ends := [name for name, each in computations.items() if not any(line.root for line in each.values())]:
+        raise ValueError(f"cannot read the program: {ends[0]} has no root")
     return computations, entry
 
 
@@ -255,14 +261,20 @@ def _sent(instruction: Instruction, computation: Computation, kind: str, devices
 
 
 def _group(attributes: str, devices: int) -> int:
-    """Devices of a group, in any of the ways in which XLA writes groups."""
+    """Devices of a group, in any of the ways in which XLA writes groups; all of them if it names none.
+
+    Raises:
+      ValueError: it names groups in another way.
+    """
     if groups := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
         return groups[1].count(",") + 1
     if groups := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
         return int(groups[1])
-    if groups := re.search(r"replica_groups=mesh\[([^\]]*)\](?:\([^)]*\))? \{([^}]*)\}", attributes):
+    if groups := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\([^{]*\))? \{([^}]*)\}", attributes):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", groups[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", groups[2]))
+    if re.search(r"replica_groups=(?!\{\})", attributes):
+        raise ValueError(f"unknown way to write groups of devices: {attributes[:200]}")
     return devices
 
 

@@ -107,22 +107,22 @@ def search(recipe: Recipe, topology: Topology, batch_per_chip: int = 1) -> Itera
     Every preset is compiled with doubled batches, from `batch_per_chip` on, until one does not fit. Between the last
     that did and the first that did not, the best preset's largest batch is found by bisection.
     """
-    chips, found = topology.chips, []
-    for name, mesh in candidates(chips, batch_per_chip * chips):
+    found = {}
+    for candidate in candidates(topology.chips, batch_per_chip * topology.chips):
+        found[candidate] = []
         for doubling in range(MOST_DOUBLINGS):
-            found.append(_try(recipe, topology, batch_per_chip * 2**doubling, name, mesh))
-            yield found[-1]
-            if not found[-1]["fits"]:
+            found[candidate].append(_try(recipe, topology, batch_per_chip * 2**doubling, *candidate))
+            yield found[candidate][-1]
+            if not found[candidate][-1]["fits"]:
                 break
-    if (top := best(found)) is None:
+    if (top := best([each for same in found.values() for each in same])) is None:
         return
-    same = [each for each in found if each["sharding"] == top["sharding"]]
+    candidate, same = next((candidate, same) for candidate, same in found.items() if top in same)
     low = max(each["batch_per_chip"] for each in same if each["fits"])
     high = min((each["batch_per_chip"] for each in same if not each["fits"]), default=low + 1)
-    mesh = next(mesh for name, mesh in candidates(chips, batch_per_chip * chips) if name == top["sharding"])
     while high - low > 1:
         middle = int(low + high) // 2
-        yield (tried := _try(recipe, topology, middle, top["sharding"], mesh))
+        yield (tried := _try(recipe, topology, middle, *candidate))
         low, high = (middle, high) if tried["fits"] else (low, middle)
 
 

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from dpir_jax.errors import InputError
 from dpir_jax.parallel.compiled import device_bytes
-from dpir_jax.parallel.mesh import MeshConfig, make_mesh
+from dpir_jax.parallel.mesh import FSDP_GROUP, MeshConfig, make_mesh
 from dpir_jax.parallel.sharding import PRESETS, ShardingRules, check_batch, preset
 from dpir_jax.training.config import TrainConfig
 from dpir_jax.training.state import abstract_state
@@ -43,7 +43,7 @@ def make_layout(
         check_batch(config.batch, mesh, config.accumulate)
         return mesh, rules
     room = STATE_SHARE * (device_memory or memory_of(devices[0]))
-    needs = {}
+    needs: dict[str, int] = {}
     for name, shape in candidates(len(devices), config.batch // config.accumulate):
         mesh = make_mesh(shape, devices)
         state, _ = abstract_state(task, config, mesh, PRESETS[name])
@@ -71,7 +71,9 @@ def candidates(devices: int, samples: int) -> list[tuple[str, MeshConfig]]:
             ("fsdp_tp", MeshConfig(data=1, fsdp=own, tensor=shared)),
         ]
     whole = MeshConfig(data=devices)
-    found = [("dp", whole), ("zero1", whole), ("fsdp", MeshConfig(data=1, fsdp=devices))]
+    found = [("dp", whole), ("zero1", whole), ("fsdp", MeshConfig(data=-1, fsdp=-1))]
+    if devices > FSDP_GROUP:
+        found.append(("fsdp", MeshConfig(data=1, fsdp=devices)))
     return found if devices == 1 else [*found, ("fsdp_tp", _with_tensor(devices))]
 
 

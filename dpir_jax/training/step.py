@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dpir_jax.models.layers import use_remat
 from dpir_jax.models.placement import use_placement
+from dpir_jax.parallel.mesh import compiler_options
 from dpir_jax.parallel.sharding import BATCH_AXES, FSDP, ShardingRules, batch_sharding, placement, replicated
 from dpir_jax.training.config import TrainConfig
 from dpir_jax.training.state import Arrays, Networks, TrainState, optimizers, schedule
@@ -92,6 +93,7 @@ def make_train_step(
         in_shardings=(shardings, batch_sharding(mesh), everywhere),
         out_shardings=(shardings, everywhere),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
 
 
