@@ -19,7 +19,7 @@ from dpir_jax.parallel import compiled, hlo
 from dpir_jax.parallel.flops import count_flops
 from dpir_jax.parallel.mesh import axis_sizes
 from dpir_jax.parallel.roofline import Roofline, roofline
-from dpir_jax.parallel.topologies import GENERATIONS, GIB, devices, parse_topology
+from dpir_jax.parallel.topologies import GENERATIONS, GIB, devices, parse_topology, quickly
 from dpir_jax.restore.ahead import abstract_sampling
 from dpir_jax.restore.settings import Defaults
 from dpir_jax.systems.dalpsr import DaLPSRConfig
@@ -141,7 +141,7 @@ ENTRY %main (w: f32[6,16,128], x: bf16[3,5]) -> bf16[3,5] {
   %x = bf16[3,5]{1,0:T(8,128)(2,1)} parameter(1)
   %zero = s32[]{:T(128)} constant(0)
   %t = (s32[]{:T(128)}, f32[6,16,128]{2,1,0:T(8,128)}) tuple(%zero, %w)
-  %kernel = f32[16,128]{1,0:T(8,128)S(1)} custom-call(), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  %kernel = f32[8]{0:T(128)S(1)} custom-call(), custom_call_target="tpu_custom_call", frontend_attributes={metadata={
 "xprof_metadata":"{\\"block_q\\": 512}"
 }}, metadata={op_name="jit(f)/pallas_call"}
   %loop = (s32[]{:T(128)}, f32[6,16,128]{2,1,0:T(8,128)}) while(%t), condition=%condition, body=%body
@@ -163,7 +163,8 @@ ENTRY %main (w: f32[6,16,128], x: bf16[3,5]) -> bf16[3,5] {
 )
 def test_sizes_of_groups(groups, size):
     line = "ROOT %sum = f32[8]{0:T(128)} all-reduce(%x), channel_id=1, replica_groups=" + groups + ", to_apply=%add"
-    text = "HloModule m, num_partitions=256\n\nENTRY %main (x: f32[8]) -> f32[8] {\n  %x = f32[8]{0:T(128)} parameter(0)\n  "
+    text = "HloModule m, num_partitions=256\n\nENTRY %main (x: f32[8]) -> f32[8] {\n"
+    text += "  %x = f32[8]{0:T(128)} parameter(0)\n  "
     assert hlo.traffic(text + line + "\n}\n").collectives == {"all-reduce": 2 * (size - 1) / size * 8 * 4}
 
 
@@ -270,6 +271,16 @@ def test_a_step_compiled_for_a_tpu_slice(recipe):
     assert found["roofline"]["images_per_second_per_chip"] > 0
     assert json.dumps(found)
     assert "fits, " in compiled.describe(found)
+
+
+def test_what_a_chip_sends_does_not_grow_with_the_slice():
+    shared = ["--config.task.width=1024", "--config.mesh.data=-1"]
+    recipe = load_recipe("tests/ahead_recipe.py", shared)
+    with quickly():
+        few, many = (ahead.compile_for(recipe, parse_topology(name), 2) for name in ("v5e-16", "v5e-256"))
+    assert (few["mesh"]["fsdp"], many["mesh"]["data"], many["mesh"]["fsdp"]) == (16, 16, 16)
+    assert 0 < many["collectives_per_chip"]["total"] < 1.1 * few["collectives_per_chip"]["total"]
+    assert "all-to-all" not in many["collectives_per_chip"]
 
 
 def test_a_step_that_does_not_fit():

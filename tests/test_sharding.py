@@ -82,7 +82,9 @@ def test_a_mesh_that_does_not_fit_the_devices(config, word):
         make_mesh(config)
 
 
-@pytest.mark.parametrize(("devices", "shape"), [(1, (1, 1)), (8, (1, 8)), (24, (2, 12)), (256, (16, 16)), (34, (17, 2))])
+@pytest.mark.parametrize(
+    ("devices", "shape"), [(1, (1, 1)), (8, (1, 8)), (24, (2, 12)), (256, (16, 16)), (34, (17, 2))]
+)
 def test_data_and_fsdp_share_the_devices(devices, shape):
     """In groups of up to 16, whose number divides the devices."""
     assert axis_sizes(MeshConfig(-1, -1), devices) == {"data": shape[0], "fsdp": shape[1], "tensor": 1, "context": 1}

@@ -122,13 +122,18 @@ def sharpen(
     `weight` of the residual is added where its size exceeds `threshold` (of 255), with a soft edge between there and
     elsewhere. `radius` 25 is the published 51-pixel window. The Gaussian is two banded matrix products.
     """
-    planes = jnp.moveaxis(image, -1, -3)
+    return jnp.moveaxis(sharpened(jnp.moveaxis(image, -1, -3), radius, weight, threshold), -3, -1)
+
+
+def sharpened(
+    planes: Float[Array, "*B C H W"], radius: int = 25, weight: float = 0.5, threshold: float = 10.0
+) -> Float[Array, "*B C H W"]:
+    """`sharpen` of planes."""
     rows, columns = (blur_matrix(size, radius) for size in planes.shape[-2:])
 
-    def blurred(planes: Float[Array, "B C H W"]) -> Float[Array, "B C H W"]:
+    def blurred(planes: Float[Array, "*B C H W"]) -> Float[Array, "*B C H W"]:
         return finely(jnp.matmul, finely(jnp.matmul, rows, planes), columns.T)
 
     residual = planes - blurred(planes)
     soft = blurred((abs(residual) * 255 > threshold).astype(planes.dtype))
-    sharp = jnp.clip(planes + weight * residual, 0, 1)
-    return jnp.moveaxis(soft * sharp + (1 - soft) * planes, -3, -1)
+    return soft * jnp.clip(planes + weight * residual, 0, 1) + (1 - soft) * planes

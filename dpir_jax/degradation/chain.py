@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from dpir_jax.degradation.blur import filter2d, sharpen
+from dpir_jax.degradation.blur import filter2d, sharpened
 from dpir_jax.degradation.jpeg import Table, jpeg
 from dpir_jax.degradation.noise import (
     POISSON,
@@ -60,8 +60,6 @@ def apply_plan(plan: Plan, hq: Float[Array, "B H W 3"], recipe: Recipe) -> Float
     """
     if min(hq.shape[1:3]) < recipe.scale:
         raise InputError(f"a {hq.shape[2]}x{hq.shape[1]} picture is too small to be reduced {recipe.scale} times")
-    if recipe.usm:
-        hq = sharpen(hq)
     lq = jax.lax.map(lambda sample: _apply(*sample, recipe), (plan, jnp.moveaxis(hq, -1, 1)))
     return jnp.moveaxis(lq, 1, -1)
 
@@ -73,6 +71,8 @@ def _apply(plan: Plan, planes: Planes, recipe: Recipe) -> Planes:
     size = tuple(_scaled(side / recipe.scale, second.resize_scale) for side in high)
     canvas = _canvas(low, max(1.0, recipe.second.resize_range[1]))
 
+    if recipe.usm:
+        planes = sharpened(planes)
     if recipe.keeps_size:
         return round_to_8_bit(_native(plan, planes, table))
     if plan.first is None:
