@@ -1,6 +1,6 @@
 """What a training step needs and how fast it can be on TPU slices: compiles each ahead of time, writes docs/scaling.md.
 
-    python benchmarks/scaling.py [--results runs/scaling] [--only v5p-8] [--quick] [--page-only]
+    python benchmarks/scaling.py [--results runs/scaling] [--only v5p-8] [--full-effort] [--page-only]
 
 Needs libtpu (`pip install 'dpir-jax[tpu]'`) and no TPU. A row that is already measured with the same code is passed
 over, so that the command can be stopped and started again. A row is minutes of compilation; each is a process of its
@@ -82,11 +82,11 @@ def row_file(results: Path, case: Case, name: str) -> Path:
     return results / f"{case.name.lower().replace(' ', '_')}_{name}.json"
 
 
-def measure(results: Path, case: Case, name: str, quick: bool = False) -> None:
-    """Compiles one row, unless it is there; a row of full effort stands for a quick one."""
+def measure(results: Path, case: Case, name: str, full_effort: bool = False) -> None:
+    """Compiles one row, unless it is there; a row of full effort stands for one of less."""
     out, batch, key = row_file(results, case, name), case.batches[name.partition("-")[0]], version(case)
     found = json.loads(out.read_text()) if out.is_file() else {}
-    enough = quick or not found.get("effort")
+    enough = not full_effort or not found.get("effort")
     if enough and (found.get("version"), found.get("batch_per_chip")) == (key, batch):
         print(f"{case.name} on {name}: is there")
         return
@@ -94,7 +94,7 @@ def measure(results: Path, case: Case, name: str, quick: bool = False) -> None:
     raw = out.with_suffix(".raw.json")
     command = [sys.executable, "-m", "dpir_jax", "compile", "--config", case.config, "--topology", name]
     command += ["--batch-per-chip", str(batch), "--json", str(raw), *case.overrides]
-    command += ["--quick"] * quick
+    command += ["--full-effort"] * full_effort
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode not in (0, 1) or not raw.is_file():
         raise SystemExit(f"{case.name} on {name} could not be compiled")
@@ -144,7 +144,7 @@ def line(row: dict) -> str:
             ", ".join(f"{1e3 * top[kind]:.0f}" for kind in ("compute", "memory", "network")) if top else "?",
             top["bound"] if top else "?",
             f"{top['images_per_second_per_chip']:.1f}" if top else "?",
-            f"{row['seconds']['compile']:.0f} ({row['seconds']['cpu']:.0f})" + (", quick" if row.get("effort") else ""),
+            f"{row['seconds']['compile']:.0f} ({row['seconds']['cpu']:.0f}{'' if row['effort'] else ', full effort'})",
             f"{row['date']}, {row['version']} |",
         )
     )
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "runs" / "scaling", help="one JSON file per row")
     parser.add_argument("--only", action="append", metavar="SLICE", help="these slices alone; may be repeated")
     parser.add_argument("--case", action="append", metavar="NAME", help="these steps alone; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="compile with `dpir compile --quick`")
+    parser.add_argument("--full-effort", action="store_true", help="compile with `dpir compile --full-effort`")
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     arguments = parser.parse_args()
     arguments.results.mkdir(parents=True, exist_ok=True)
@@ -172,7 +172,7 @@ def main() -> None:
         for name in SLICES:
             wanted = name in (arguments.only or SLICES) and case.name in (arguments.case or [case.name])
             if wanted and not arguments.page_only:
-                measure(arguments.results, case, name, arguments.quick)
+                measure(arguments.results, case, name, arguments.full_effort)
                 (ROOT / "docs" / "scaling.md").write_text(page(arguments.results), encoding="utf-8")
     (ROOT / "docs" / "scaling.md").write_text(page(arguments.results), encoding="utf-8")
 

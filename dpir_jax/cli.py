@@ -561,7 +561,7 @@ def _add_compile(verbs: argparse._SubParsersAction) -> None:
         usage="dpir compile --config FILE[:STAGE] [--topology NAME] [--batch-per-chip N] [--config.FIELD=VALUE ...]",
         description="Compiles the recipe's training step ahead of time and says what it needs: memory by kind, bytes "
         "sent, FLOPs, the shortest time that a step can take. Without a topology, or on a machine that has it, the "
-        "step is also run and timed.",
+        "step is also run and timed, and always compiled as for a run.",
         allow_abbrev=False,
     )
     verb.set_defaults(run=_compile)
@@ -576,9 +576,10 @@ def _add_compile(verbs: argparse._SubParsersAction) -> None:
     verb.add_argument("--sampling", action="store_true", help="a step of restoring instead, on one chip")
     verb.add_argument("--search", action="store_true", help="find the largest batch and the best preset")
     verb.add_argument(
-        "--quick",
+        "--full-effort",
         action="store_true",
-        help="let the compiler spend less on instructions: a quarter of the time, memory within a few percent",
+        help="for a topology that is not here: let the compiler do all it does for a run. Takes four times as long; "
+        "what the answers differ by is in docs/scaling.md",
     )
     verb.add_argument("--json", metavar="FILE", help="also write everything to FILE")
 
@@ -586,11 +587,10 @@ def _add_compile(verbs: argparse._SubParsersAction) -> None:
 def _compile(arguments: argparse.Namespace) -> int:
     from dpir_jax.files import write_json
     from dpir_jax.parallel.compiled import describe
-    from dpir_jax.parallel.topologies import expect_no_chips, quickly
+    from dpir_jax.parallel.topologies import expect_no_chips
 
     expect_no_chips()
-    with quickly() if arguments.quick else contextlib.nullcontext():
-        result = _compiled(arguments)
+    result = _compiled(arguments)
     print(describe(result))
     if arguments.json:
         write_json(arguments.json, result)
@@ -598,8 +598,7 @@ def _compile(arguments: argparse.Namespace) -> int:
 
 
 def _compiled(arguments: argparse.Namespace) -> Mapping[str, Any]:
-    from dpir_jax.parallel.compiled import describe
-    from dpir_jax.parallel.topologies import parse_topology
+    from dpir_jax.parallel.topologies import parse_topology, quickly
     from dpir_jax.training import ahead
     from dpir_jax.training.config import load_recipe
 
@@ -608,19 +607,28 @@ def _compiled(arguments: argparse.Namespace) -> Mapping[str, Any]:
     for option in ("search", "sampling"):
         if getattr(arguments, option) and topology is None:
             raise InputError(f"--{option} needs a --topology to compile for")
-    if arguments.sampling:
-        return _compile_sampling(recipe, topology, arguments.batch_per_chip)
-    if arguments.search:
-        tried = []
-        for result in ahead.search(recipe, topology, arguments.batch_per_chip or 1):
-            tried.append(result)
-            print(describe(result), end="\n\n", flush=True)
-        result = ahead.best(tried) or tried[-1]
-        print("best:" if result["fits"] else "nothing fits")
-        return result
-    if topology is None or ahead.is_here(topology):
+    runs_here = not arguments.sampling and not arguments.search
+    if runs_here and (topology is None or ahead.is_here(topology)):
         return ahead.measure(recipe, arguments.batch_per_chip)
-    return ahead.compile_for(recipe, topology, arguments.batch_per_chip)
+    with contextlib.nullcontext() if arguments.full_effort else quickly():
+        if arguments.sampling:
+            return _compile_sampling(recipe, topology, arguments.batch_per_chip)
+        if arguments.search:
+            return _search(recipe, topology, arguments.batch_per_chip or 1)
+        return ahead.compile_for(recipe, topology, arguments.batch_per_chip)
+
+
+def _search(recipe: "Recipe", topology: "Topology", batch_per_chip: int) -> Mapping[str, Any]:
+    from dpir_jax.parallel.compiled import describe
+    from dpir_jax.training import ahead
+
+    tried = []
+    for result in ahead.search(recipe, topology, batch_per_chip):
+        tried.append(result)
+        print(describe(result), end="\n\n", flush=True)
+    result = ahead.best(tried) or tried[-1]
+    print("best:" if result["fits"] else "nothing fits")
+    return result
 
 
 def _compile_sampling(recipe: "Recipe", topology: "Topology", tiles: int | None) -> dict[str, Any]:

@@ -358,11 +358,24 @@ def test_a_search_ends_at_the_largest_batch(recipe, monkeypatch):
     assert ahead.best(reports)["batch_per_chip"] == 11
 
 
+def test_the_compilers_effort(monkeypatch):
+    seen = []
+
+    def compile_for(*_):
+        seen.append(jax.config.jax_exec_time_optimization_effort)
+        raise InputError("enough")
+
+    monkeypatch.setattr(ahead, "compile_for", compile_for)
+    command = ["compile", "--config", "tests/ahead_recipe.py", "--topology", "v5e-8"]
+    assert [main(command), main([*command, "--full-effort"])] == [2, 2]
+    assert seen == [-1, 0]
+
+
 def test_a_sampling_step_compiled_for_a_tpu(capsys, tmp_path):
-    """The restorer's own step, quickly; along DDPM's path it is traced alone."""
+    """The restorer's own step; along DDPM's path it is traced alone."""
     out = tmp_path / "report.json"
     command = ["compile", "--config", "tests/ahead_recipe.py:dpir", "--sampling", "--topology", "v5e-1"]
-    assert main([*command, "--batch-per-chip", "2", "--quick", "--json", str(out)]) == 0
+    assert main([*command, "--batch-per-chip", "2", "--json", str(out)]) == 0
     found = json.loads(out.read_text())
     assert (found["effort"], jax.config.jax_exec_time_optimization_effort) == (-1, 0)  # of this compilation alone
     assert (next(iter(found)), found["batch"], found["steps"]) == ("fits", 2, 28)
