@@ -44,7 +44,7 @@ format: $(TEST_STAMP)  ## let ruff put the code in order
 	@$(IN_VENV) -m ruff check --fix .
 	@$(IN_VENV) -m ruff format .
 
-bench: $(TEST_STAMP)  ## speed measurements, written to docs/performance.md (an hour on two quiet cores)
+bench: $(TEST_STAMP)  ## speed measurements, written to docs/performance.md (a quarter of an hour on two quiet cores)
 	@$(IN_VENV) benchmarks/page.py docs/performance.md
 
 clean:  ## remove .venv and everything that was generated
