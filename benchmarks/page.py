@@ -34,7 +34,7 @@ def machine() -> str:
         text = ""
     found = re.search(r"model name\s*: (.+)", text)
     name = found[1].strip() if found else platform.processor() or platform.machine()
-    vectors = next((name for flag, name in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in text), None)
+    vectors = next((width for flag, width in (("avx512f", "AVX-512"), ("avx2", "AVX2")) if flag in text), None)
     return f"{name}, {vectors}" if vectors else name
 
 

@@ -607,8 +607,8 @@ def _compiled(arguments: argparse.Namespace) -> Mapping[str, Any]:
     for option in ("search", "sampling"):
         if getattr(arguments, option) and topology is None:
             raise InputError(f"--{option} needs a --topology to compile for")
-    runs_here = not arguments.sampling and not arguments.search
-    if runs_here and (topology is None or ahead.is_here(topology)):
+    training = not (arguments.search or arguments.sampling)
+    if training and (topology is None or ahead.is_here(topology)):
         return ahead.measure(recipe, arguments.batch_per_chip)
     with contextlib.nullcontext() if arguments.full_effort else quickly():
         if arguments.sampling:

@@ -73,7 +73,8 @@ def test_random_numbers_do_not_depend_on_the_mesh():
     [
         (MeshConfig(-1, 3), "does not divide the 8"),
         (MeshConfig(2, 2), "needs 4 devices and there are 8"),
-        (MeshConfig(-1, tensor=-1), "mesh.data and mesh.tensor are all -1"),
+        (MeshConfig(-1, tensor=-1), "mesh.data and mesh.tensor are -1"),
+        (MeshConfig(-1, -1, tensor=16), "take 16 devices, .* the 8 there are; set mesh.tensor x mesh.context"),
         (MeshConfig(0, 1), "mesh.data is 0"),
     ],
 )

@@ -158,7 +158,7 @@ def without_cache() -> Iterator[None]:
 def quickly() -> Iterator[None]:
     """Has the compiler spend its least on the order of instructions, which takes most of its time.
 
-    What is sent stays the same, memory nearly so.
+    What is sent stays the same, the memory needed nearly so; more goes through memory (docs/scaling.md).
     """
     before = jax.config.jax_exec_time_optimization_effort
     jax.config.update("jax_exec_time_optimization_effort", -1.0)

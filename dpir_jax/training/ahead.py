@@ -104,8 +104,9 @@ def with_batch(recipe: Recipe, batch_per_chip: int | None, chips: int, **setting
 def search(recipe: Recipe, topology: Topology, batch_per_chip: int = 1) -> Iterator[dict[str, Any]]:
     """Looks for the best preset and its largest batch; yields each report, of which `best(reports)` is the answer.
 
-    Every preset is compiled with doubled batches, from `batch_per_chip` on, until one does not fit. Between the last
-    that did and the first that did not, the best preset's largest batch is found by bisection.
+    Every candidate of `auto`, a preset with a mesh, is compiled with doubled batches, from `batch_per_chip` on, until
+    one does not fit. Between the last that did and the first that did not, the best one's largest batch is found by
+    bisection.
     """
     found = {}
     for candidate in candidates(topology.chips, batch_per_chip * topology.chips):

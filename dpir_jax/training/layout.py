@@ -43,7 +43,7 @@ def make_layout(
         check_batch(config.batch, mesh, config.accumulate)
         return mesh, rules
     room = STATE_SHARE * (device_memory or memory_of(devices[0]))
-    needs: dict[str, int] = {}
+    needs = {}
     for name, shape in candidates(len(devices), config.batch // config.accumulate):
         mesh = make_mesh(shape, devices)
         state, _ = abstract_state(task, config, mesh, PRESETS[name])
