@@ -1,12 +1,16 @@
 """Imports point one way, and importing the library stays light (docs/architecture.md)."""
 
 import ast
+import importlib.metadata
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import dpir_jax
 
 ROOT = Path(__file__).parent.parent
 EVERYWHERE = {"errors", "files", "images", "products"}
@@ -115,6 +119,32 @@ def test_importing_the_package_is_light():
 @pytest.mark.parametrize("module", ["dpir_jax.restore", "dpir_jax.cli"])
 def test_restoring_needs_no_foreign_framework(module):
     assert not loaded_after(f"import {module}") & HEAVY
+
+
+CONVOLVE = """
+import os, dpir_jax, jax, jax.numpy as jnp
+layout = ("NHWC", "HWIO", "NHWC")
+program = jax.jit(lambda x, k: jax.lax.conv_general_dilated(x, k, (1, 1), "SAME", dimension_numbers=layout))
+print("ynn" in program.lower(jnp.ones((1, 32, 32, 64)), jnp.ones((3, 3, 64, 64))).compile().as_text())
+print(os.environ["XLA_FLAGS"].strip())
+"""
+
+
+@pytest.mark.skipif(not importlib.metadata.version("jaxlib").startswith("0.10."), reason="a later XLA decides itself")
+@pytest.mark.parametrize(
+    "flags", [None, "--xla_cpu_enable_fast_math=false", f"{dpir_jax._YNN}=-LIBRARY_FUSION_TYPE_REDUCE"]
+)
+def test_convolutions_on_a_cpu_are_left_to_xla_unless_the_user_says_otherwise(flags):
+    own = flags is not None and dpir_jax._YNN in flags
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    }
+    environment |= {} if flags is None else {"XLA_FLAGS": flags}
+    command = [sys.executable, "-c", CONVOLVE]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    library, found = done.stdout.splitlines()
+    assert library == str(own)
+    assert found == flags if own else found.startswith(flags or dpir_jax._YNN) and dpir_jax._YNN in found
 
 
 def test_public_names():

@@ -76,6 +76,24 @@ def test_loop_has_the_same_gradients():
             np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", ["shared", "each"])
+def test_loop_in_blocks_of_queries(monkeypatch, bias):
+    operands_and_bias, keep = (*operands(), biases()[bias]), mask()
+    expected = gradients(*operands_and_bias, backend="xla", mask=keep)
+    whole = attention(*operands_and_bias[:3], mask=keep, bias=operands_and_bias[3], backend="loop")
+    monkeypatch.setattr(module, "LOOP_LOGITS", 3 * KEYS)  # blocks of at most three queries
+    found = attention(*operands_and_bias[:3], mask=keep, bias=operands_and_bias[3], backend="loop")
+    np.testing.assert_allclose(found, whole, atol=1e-6)
+    for one, other in zip(gradients(*operands_and_bias, backend="loop", mask=keep), expected):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_the_loop_never_holds_all_logits():
+    long = jax.ShapeDtypeStruct((1, 8192, 1, 8), jnp.float32)
+    program = jax.jit(lambda *a: attention(*a, backend="loop")).lower(long, long, long).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 8192**2 * 4 / 4
+
+
 def test_a_sample_without_keys_stays_finite():
     q, k, v = operands()
     for backend in ("xla", "loop"):

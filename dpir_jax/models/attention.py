@@ -5,12 +5,12 @@
 | backend | where | why |
 |---|---|---|
 | xla | anywhere | the reference: plain einsums, softmax in float32, memory grows with L^2 |
-| loop | CPU | one head of one sample at a time: two to six times faster there, and the backward pass recomputes |
+| loop | CPU | some queries of one head at a time, which stay in the cache; the backward pass recomputes them |
 | cudnn | GPU | fused, for 16-bit inputs |
 | splash | TPU | fused, for long sequences, where plain XLA would fill the memory |
 
-The backend of the running platform is taken where it can serve the call, else xla. The platform is that of JAX's
-default device; a program compiled for another machine says so: `with use_attention_backend("splash"): f.lower(...)`.
+The backend of the platform is taken where it can serve the call, else xla. The platform is that of JAX's default
+device; a program compiled for another machine says so: `with use_platform("tpu"): f.lower(...)`.
 """
 
 import contextlib
@@ -25,12 +25,15 @@ from jaxtyping import Array, Bool, Float
 
 from dpir_jax.errors import InputError
 from dpir_jax.models.placement import constrain, current_placement, per_device
+from dpir_jax.models.platform import current_platform
 
 Heads = Float[Array, "B L H K"]
 Bias = Float[Array, "... H Q L"]
 
 SPLASH_MIN_LENGTH = 4096
 SPLASH_BLOCK = 512
+LOOP_LOGITS = 2**21  # at a time: 8 MB
+MASKED = float(jnp.finfo(jnp.float32).min)  # finite: a sample with no key at all attends evenly instead of giving NaN
 PLATFORM_BACKENDS = {"cpu": "loop", "gpu": "cudnn", "tpu": "splash"}
 
 
@@ -92,7 +95,7 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bias = bias[None] if bias is not None and bias.ndim == 3 else bias
     if backend is None:
-        preferred = _preference.get().backend or PLATFORM_BACKENDS.get(jax.default_backend(), "xla")
+        preferred = _preference.get().backend or PLATFORM_BACKENDS.get(current_platform(), "xla")
         long = preferred != "splash" or min(q.shape[1], k.shape[1]) >= SPLASH_MIN_LENGTH
         backend = preferred if long and not _obstacle(preferred, q, bias) else "xla"
     elif obstacle := _obstacle(backend, q, bias):
@@ -143,8 +146,8 @@ def _obstacle(backend: str, q: Heads, bias: Bias | None) -> str | None:
 
 
 def _softmax(logits: Array, mask: Array | None) -> Array:
-    if mask is not None:  # the lowest finite number: a sample with no key at all attends evenly instead of giving NaN
-        logits = jnp.where(mask, logits, jnp.finfo(jnp.float32).min)
+    if mask is not None:
+        logits = jnp.where(mask, logits, MASKED)
     return jax.nn.softmax(logits, axis=-1)
 
 
@@ -157,19 +160,37 @@ def _xla(q: Heads, k: Heads, v: Heads, mask: Array | None, bias: Bias | None, sc
 
 
 def _loop(q: Heads, k: Heads, v: Heads, mask: Array | None, bias: Bias | None, scale: float) -> Heads:
-    batch, _, heads, _ = q.shape
+    batch, queries, heads, width = q.shape
+    blocks = -(-queries * k.shape[1] // LOOP_LOGITS)
+    size = -(-queries // blocks)
+    fill = ((0, size * blocks - queries), (0, 0))  # rows that nobody reads, so that all blocks are equal
 
-    @jax.checkpoint  # recomputing one head's logits is cheaper than storing and reloading all of them
+    @jax.checkpoint  # recomputing these logits is cheaper than storing and reloading all of them
+    def rows(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None) -> Array:
+        logits = jnp.einsum("qd,kd->qk", q, k, preferred_element_type=jnp.float32)
+        if bias is not None:
+            logits = logits + bias.astype(jnp.float32)
+        if mask is not None:
+            logits = jnp.where(mask, logits, MASKED)
+        top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+        weights = jnp.exp(logits - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        return (jnp.dot(weights.astype(v.dtype), v, preferred_element_type=jnp.float32) / total).astype(v.dtype)
+
     def one(q: Array, k: Array, v: Array, index: Array) -> Array:
         sample, head = index // heads, index % heads
-        logits = jnp.einsum("qd,kd->qk", q, k, preferred_element_type=jnp.float32) * scale
-        if bias is not None:
-            logits = logits + bias[sample % bias.shape[0], head].astype(jnp.float32)
-        return _softmax(logits, None if mask is None else mask[sample]).astype(v.dtype) @ v
+        keep = None if mask is None else mask[sample]
+        added = None if bias is None else bias[sample % bias.shape[0], head]
+        if blocks == 1:
+            return rows(q, k, v, keep, added)
+        pieces = (jnp.pad(x, fill).reshape(blocks, size, -1) for x in ((q,) if added is None else (q, added)))
+        out = jax.lax.map(lambda piece: rows(piece[0], k, v, keep, *(piece[1:] or (None,))), tuple(pieces))
+        return out.reshape(-1, width)[:queries]
 
-    flat = (jnp.moveaxis(x, 2, 1).reshape(batch * heads, x.shape[1], x.shape[3]) for x in (q, k, v))
+    # Scaling the queries instead of the logits: one pass less over what is largest.
+    flat = (jnp.moveaxis(x, 2, 1).reshape(batch * heads, x.shape[1], width) for x in (q * scale, k, v))
     out = jax.lax.map(lambda args: one(*args), (*flat, jnp.arange(batch * heads)))
-    return jnp.moveaxis(out.reshape(batch, heads, *out.shape[1:]), 1, 2)
+    return jnp.moveaxis(out.reshape(batch, heads, queries, width), 1, 2)
 
 
 def _cudnn(q: Heads, k: Heads, v: Heads, mask: Array | None, bias: Bias | None, scale: float) -> Heads:

@@ -22,6 +22,7 @@ from jax import checkpoint_policies as policies
 from dpir_jax.errors import InputError
 from dpir_jax.models.placement import constrain_stream
 from dpir_jax.models.precision import FLOAT32, Precision
+from dpir_jax.models.winograd import convolve
 
 M = TypeVar("M", bound=nnx.Module)
 T = TypeVar("T")
@@ -86,6 +87,7 @@ def conv(
         (kernel, kernel),
         strides=stride,
         padding=pads,
+        conv_general_dilated=convolve,
         use_bias=bias,
         dtype=precision.dtype,
         param_dtype=precision.param_dtype,

@@ -14,8 +14,8 @@ from jax.sharding import NamedSharding
 
 from dpir_jax.diffusion.ddpm import DDPMSchedule
 from dpir_jax.errors import InputError
-from dpir_jax.models.attention import use_attention_backend
 from dpir_jax.models.layers import Keys
+from dpir_jax.models.platform import use_platform
 from dpir_jax.models.precision import BFLOAT16
 from dpir_jax.parallel.compiled import Program, report
 from dpir_jax.parallel.mesh import make_mesh
@@ -48,7 +48,7 @@ def compile_sampling(
     """
     if tiles < 1:
         raise InputError(f"the batch per chip is {tiles}; it must be at least 1")
-    with use_attention_backend("splash"):
+    with use_platform("tpu"):
         program = abstract_sampling(config, defaults, devices(topology)[0], tiles)
         found, _ = report(program, topology.chip)
     return {"fits": found["fits"], "topology": str(topology), "name": topology.name, "steps": defaults.steps} | found

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dpir_jax.errors import InputError
-from dpir_jax.models.attention import use_attention_backend
+from dpir_jax.models.platform import use_platform
 from dpir_jax.parallel.compiled import Program, report
 from dpir_jax.parallel.mesh import MeshConfig
 from dpir_jax.parallel.sharding import PRESETS, batch_sharding, replicated
@@ -85,7 +85,7 @@ def compile_for(recipe: Recipe, topology: Topology, batch_per_chip: int | None =
     """
     recipe = with_batch(recipe, batch_per_chip, topology.chips)
     step = abstract_step(recipe, devices(topology), topology.chip.memory)
-    with use_attention_backend("splash"):
+    with use_platform("tpu"):
         found, _ = report(step, topology.chip)
     return {"fits": found["fits"], "topology": str(topology), "name": topology.name} | found
 
