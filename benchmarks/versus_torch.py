@@ -4,8 +4,9 @@
 
 The two take turns, so that other work on the machine meets both alike; medians over the rounds. Wall seconds are what
 one waits for; CPU seconds, of all threads, hardly change when the machine is busy. PyTorch runs eagerly, as pipelines
-of diffusers do. The training step is loss, gradient and plain gradient descent: AdamW's moments of both sides together
-would need 5 GB more. Compiling is not counted and shown beside. Needs the extra [test] and 9 GB of memory.
+of diffusers do. The training step is loss, gradient and plain gradient descent (AdamW's moments of both sides together
+would need 5 GB more), ours with `train.unroll`. Compiling is not counted and shown beside. One more run of each, under
+the profilers, says where the time goes. Needs the extra [test] and 9 GB of memory.
 """
 
 import argparse
@@ -17,10 +18,18 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import profiles
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # both sides run where both can
 
 AIM = 1.3  # times PyTorch's speed
 LEARNING_RATE = 1e-4
+
+PROFILE = """
+Seconds of one run under the profilers, torch / ours, by kind of work. Last: the arithmetic of the plain form, and how
+long all of it would take at the speed of NumPy's product of 2,048 x 2,048 matrices, measured right after: only what
+multiplies less (Winograd) can go below that.
+"""
 
 
 class Case(NamedTuple):
@@ -29,6 +38,15 @@ class Case(NamedTuple):
     title: str
     theirs: Callable[[], Any]
     ours: Callable[[], Any]
+    program: "Program"
+
+
+class Program(NamedTuple):
+    """What `ours` runs, the seconds that compiling it took, and the GFLOP of its plain form (no Winograd)."""
+
+    run: Any
+    compiling: float
+    gflop: float
 
 
 class Timing(NamedTuple):
@@ -58,6 +76,21 @@ def to_nhwc(tensor: Any) -> Any:
     return tensor.detach().permute(0, 2, 3, 1).numpy() if tensor.ndim == 4 else tensor.detach().numpy()
 
 
+def compiled(function: Callable, *arguments: Any, donate: tuple[int, ...] = ()) -> Program:
+    """The function for these arguments."""
+    import jax
+
+    from dpir_jax.models.platform import use_platform
+    from dpir_jax.parallel.flops import count_flops
+
+    begin = time.perf_counter()
+    run = jax.jit(function, donate_argnums=donate).lower(*arguments).compile()
+    compiling = time.perf_counter() - begin
+    with use_platform("gpu"):
+        work = count_flops(jax.jit(lambda *arguments: function(*arguments)).trace(*arguments).jaxpr)
+    return Program(run, compiling, work / 1e9)
+
+
 def network(kind: type, config: Any, model: Any, rules: Any) -> Any:
     """Our network with the weights of theirs."""
     from flax import nnx
@@ -80,6 +113,7 @@ def mmdit() -> Iterator[Case]:
     import torch
 
     from convert_weights import mmdit as table
+    from dpir_jax.models.layers import use_unrolled_blocks
     from dpir_jax.models.mmdit import MMDiT, MMDiTConfig
 
     config = MMDiTConfig(num_layers=4)
@@ -93,13 +127,13 @@ def mmdit() -> Iterator[Case]:
     def theirs() -> Any:
         return model(latent, context, pooled, timestep, return_dict=False)[0]
 
-    forward = jax.jit(lambda net, given: net(*given))
+    forward = compiled(lambda net, given: net(*given), net, given)
 
     def evaluate() -> Any:
         with torch.no_grad():
             return to_nhwc(theirs())
 
-    yield Case("MMDiT, 4 blocks, 1,357 tokens: forward", evaluate, lambda: forward(net, given))
+    yield Case("MMDiT, 4 blocks, 1,357 tokens: forward", evaluate, lambda: forward.run(net, given), forward)
 
     descent = torch.optim.SGD(model.train().parameters(), LEARNING_RATE)
 
@@ -114,22 +148,22 @@ def mmdit() -> Iterator[Case]:
         loss, gradient = jax.value_and_grad(lambda net: jnp.mean(jnp.square(net(*given) - target)))(net)
         return jax.tree.map(lambda weight, slope: weight - LEARNING_RATE * slope, net, gradient), loss
 
-    compiled = jax.jit(step, donate_argnums=0)
+    with use_unrolled_blocks():
+        descend = compiled(step, net, given, target, donate=(0,))
     state = net
 
     def our_step() -> Any:
         nonlocal state
-        state, loss = compiled(state, given, target)
+        state, loss = descend.run(state, given, target)
         jax.block_until_ready(state)
         return loss
 
-    yield Case("MMDiT, 4 blocks, 1,357 tokens: training step", their_step, our_step)
+    yield Case("MMDiT, 4 blocks, 1,357 tokens: training step", their_step, our_step, descend)
 
 
 def vae() -> Iterator[Case]:
     """Stable Diffusion 3's autoencoder: latent to 512x512 picture."""
     import diffusers
-    import jax
     import torch
 
     from convert_weights import autoencoder as table
@@ -139,19 +173,18 @@ def vae() -> Iterator[Case]:
     model = diffusers.AutoencoderKL.from_config(table.published(config)).eval()
     net = network(Autoencoder, config, model, table.rules(config))
     latent = random(0, 1, 64, 64, 16)
-    theirs, decode = to_torch(latent), jax.jit(lambda net, latent: net.decode(latent))
+    theirs, decode = to_torch(latent), compiled(lambda net, latent: net.decode(latent), net, latent)
 
     def evaluate() -> Any:
         with torch.no_grad():
             return to_nhwc(model.decode(theirs).sample)
 
-    yield Case("SD 3 autoencoder: decode to 512x512", evaluate, lambda: decode(net, latent))
+    yield Case("SD 3 autoencoder: decode to 512x512", evaluate, lambda: decode.run(net, latent), decode)
 
 
 def unet() -> Iterator[Case]:
     """Stable Diffusion 2's UNet: one step on a 64x64 latent with 77 text tokens."""
     import diffusers
-    import jax
     import jax.numpy as jnp
     import torch
 
@@ -171,13 +204,13 @@ def unet() -> Iterator[Case]:
     net = network(UNet, config, model, table.UNET_RULES)
     given = (random(0, 1, 64, 64, 4), jnp.float32([500.0]), random(1, 1, 77, config.context_dim))
     latent, context = to_torch(given[0]), to_torch(given[2])
-    step = jax.jit(lambda net, given: net(*given))
+    step = compiled(lambda net, given: net(*given), net, given)
 
     def evaluate() -> Any:
         with torch.no_grad():
             return to_nhwc(model(latent, torch.tensor([500.0]), context).sample)
 
-    yield Case("SD 2 UNet: step at 64x64", evaluate, lambda: step(net, given))
+    yield Case("SD 2 UNet: step at 64x64", evaluate, lambda: step.run(net, given), step)
 
 
 CASES = {"mmdit": mmdit, "vae": vae, "unet": unet}
@@ -195,18 +228,17 @@ def once(run: Callable[[], Any]) -> tuple[Any, Timing]:
     return value, Timing(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def difference(case: Case) -> tuple[float, float]:
-    """(Largest difference of the first results over the largest value, our seconds to compile and run once)."""
+def difference(case: Case) -> float:
+    """The largest difference of the first results over the largest value."""
     import numpy as np
 
-    theirs, _ = once(case.theirs)
-    ours, timing = once(case.ours)
-    return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs))), timing.wall
+    (theirs, _), (ours, _) = once(case.theirs), once(case.ours)
+    return float(np.max(np.abs(np.asarray(ours) - theirs)) / np.max(np.abs(theirs)))
 
 
-def measure(case: Case, rounds: int) -> str:
-    """A line of the table. One run of each beforehand, which also compiles."""
-    apart, compiling = difference(case)
+def measure(case: Case, rounds: int) -> tuple[str, str]:
+    """A line of each table. One run of both beforehand."""
+    apart = difference(case)
     theirs, ours = [], []
     for index in range(rounds):
         turns = [(case.theirs, theirs), (case.ours, ours)]
@@ -216,10 +248,14 @@ def measure(case: Case, rounds: int) -> str:
         tuple(statistics.median(getattr(timing, kind) for timing in timings) for timings in (theirs, ours))
         for kind in ("wall", "cpu")
     )
-    return (
+    speed = (
         f"| {case.title} | {their_wall:.2f} | {our_wall:.2f} | **{their_wall / our_wall:.2f}** | {their_cpu:.2f} "
-        f"| {our_cpu:.2f} | {their_cpu / our_cpu:.2f} | {compiling:.0f} | {apart:.0e} |"
+        f"| {our_cpu:.2f} | {their_cpu / our_cpu:.2f} | {case.program.compiling:.0f} | {apart:.0e} |"
     )
+    found = profiles.of_torch(case.theirs), profiles.of_jax(case.ours, case.program.run.as_text())
+    shares = (f"{theirs[kind]:.2f} / {ours[kind]:.2f}" for kind in profiles.KINDS for theirs, ours in (found,))
+    bound = case.program.gflop / profiles.fastest_product()
+    return speed, f"| {case.title} | {' | '.join(shares)} | {case.program.gflop:.0f} | {bound:.2f} |"
 
 
 def main() -> None:
@@ -244,10 +280,16 @@ def main() -> None:
           f"float32, medians of {arguments.rounds}, load average {os.getloadavg()[0]:.1f}. Aim: {AIM}.\n")  # fmt: skip
     print("| | torch s | ours s | **times as fast** | torch CPU s | ours CPU s | by CPU | compile s | difference |")
     print("|---|---|---|---|---|---|---|---|---|")
+    shares = []
     for name in arguments.only:
         for case in CASES[name]():
-            print(measure(case, arguments.rounds), flush=True)
+            speed, share = measure(case, arguments.rounds)
+            print(speed, flush=True)
+            shares.append(share)
         gc.collect()
+    print(PROFILE)
+    print(f"| | {' | '.join(profiles.KINDS)} | GFLOP | at that rate, s |\n|---|{'---|' * (len(profiles.KINDS) + 2)}")
+    print("\n".join(shares))
     print(f"\nLoad average at the end {os.getloadavg()[0]:.1f}.")
 
 

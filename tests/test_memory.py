@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from dpir_jax.errors import InputError
 from dpir_jax.models.autoencoder import AutoencoderConfig, Encoder
-from dpir_jax.models.layers import Keys, use_remat
+from dpir_jax.models.layers import Keys, dense, scan_blocks, stack, use_remat, use_unrolled_blocks
 from dpir_jax.models.unet import UNet, UNetConfig
 from dpir_jax.parallel.flops import count_flops
 from dpir_jax.parallel.mesh import MeshConfig, make_mesh
@@ -91,6 +91,25 @@ def test_policies_change_no_gradient():
     for name in ("full", "offload"):
         for a, b in zip(gradients(name), plain, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6 * np.abs(b).max())
+
+
+def test_unrolled_blocks_are_no_loop_and_change_no_gradient():
+    blocks = stack(lambda rngs: dense(5, 5, "dd", rngs=rngs), 3, Keys(0))
+
+    def gradient():  # made anew, as JAX remembers what it has traced
+        def objective(blocks, x):
+            return jnp.sum(scan_blocks(blocks, x, lambda block, x: jnp.tanh(block(x))))
+
+        return jax.jit(jax.grad(objective)).lower(blocks, jnp.ones((2, 5)))
+
+    looped = gradient()
+    with use_unrolled_blocks():
+        unrolled = gradient()
+    assert "stablehlo.while" in looped.as_text()
+    assert "stablehlo.while" not in unrolled.as_text()
+    one, other = (jax.tree.leaves(lowered.compile()(blocks, jnp.ones((2, 5)))) for lowered in (looped, unrolled))
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
 
 
 def test_utilisation_counts_no_recomputation():

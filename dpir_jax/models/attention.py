@@ -100,9 +100,10 @@ def attention(
         backend = preferred if long and not _obstacle(preferred, q, bias) else "xla"
     elif obstacle := _obstacle(backend, q, bias):
         raise InputError(f"attention backend {backend!r} cannot take {obstacle}")
-    if current_placement() is None:
-        return _BACKENDS[backend](q, k, v, mask, bias, scale)
-    return _placed(backend, q, k, v, mask, bias, scale)
+    with jax.named_scope("attention"):
+        if current_placement() is None:
+            return _BACKENDS[backend](q, k, v, mask, bias, scale)
+        return _placed(backend, q, k, v, mask, bias, scale)
 
 
 def _placed(

@@ -63,7 +63,8 @@ class Conv(nnx.Conv):
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return constrain_stream(super().__call__(constrain_stream(x)))
+        with jax.named_scope("convolution"):
+            return constrain_stream(super().__call__(constrain_stream(x)))
 
 
 def conv(
@@ -211,6 +212,7 @@ REMAT = {
     "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
 }
 _remat: contextvars.ContextVar[str] = contextvars.ContextVar("remat", default="none")
+_unroll: contextvars.ContextVar[bool] = contextvars.ContextVar("unroll", default=False)
 
 
 @contextlib.contextmanager
@@ -234,6 +236,20 @@ def use_remat(name: str) -> Iterator[None]:
         _remat.reset(token)
 
 
+@contextlib.contextmanager
+def use_unrolled_blocks(on: bool = True) -> Iterator[None]:
+    """Stacked blocks traced inside become one long program instead of a loop; no value changes but by rounding.
+
+    A loop copies each block's weights out of the stack and, for the backward pass, everything stored into it. On a CPU
+    that is a tenth of a training step's time; compiling in turn takes as many times longer as there are blocks.
+    """
+    token = _unroll.set(on)
+    try:
+        yield
+    finally:
+        _unroll.reset(token)
+
+
 def rematerialized(call: Callable, remat: Callable | None = None) -> Callable:
     """`call` under the policy in force, or under `remat` where one is given; all its arrays must be arguments."""
     if remat is not None:
@@ -250,7 +266,8 @@ def run_block(block: nnx.Module, x: jax.Array, *inputs: Any) -> jax.Array:
 def scan_blocks(
     blocks: M, carry: jax.Array | tuple, call: Callable, *, remat: Callable | None = None, unroll: bool = False
 ) -> tuple:
-    """Runs stacked `blocks` in order: `carry = call(block, carry)`. Compile time does not grow with depth.
+    """Runs stacked `blocks` in order: `carry = call(block, carry)`. Compile time does not grow with depth, unless under
+    `use_unrolled_blocks`.
 
     Args:
       blocks: a module from `stack`.
@@ -264,4 +281,5 @@ def scan_blocks(
     def body(carry: jax.Array | tuple, block: M) -> tuple:
         return jax.tree.map(constrain_stream, call(unpack(block), carry)), None
 
-    return jax.lax.scan(rematerialized(body, remat), jax.tree.map(constrain_stream, carry), blocks, unroll=unroll)[0]
+    carry, unroll = jax.tree.map(constrain_stream, carry), unroll or _unroll.get()
+    return jax.lax.scan(rematerialized(body, remat), carry, blocks, unroll=unroll)[0]

@@ -74,6 +74,7 @@ class TrainConfig:
     time_limit_minutes: float | None = None  # save and stop after this long; run again to go on
     accumulate: int = 1  # parts of the batch that are computed one after another
     remat: str = "none"  # what the backward pass finds stored: or "dots", "full", "offload"; see `layers.use_remat`
+    unroll: bool = False  # blocks without a loop: faster on a CPU, slower to compile; see `layers.use_unrolled_blocks`
     frozen_dtype: str = "float32"  # or "bfloat16"
     frozen_sharding: str = "sharded"  # as the parameters are; or "replicated"
     sharding: str = "fsdp"  # or "dp", "zero1", "fsdp_tp", "fsdp_cp"; "auto" picks one of these and the mesh

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dpir_jax.models.layers import use_remat
+from dpir_jax.models.layers import use_remat, use_unrolled_blocks
 from dpir_jax.models.placement import use_placement
 from dpir_jax.parallel.mesh import compiler_options
 from dpir_jax.parallel.sharding import BATCH_AXES, FSDP, ShardingRules, batch_sharding, placement, replicated
@@ -51,7 +51,7 @@ def make_train_step(
         def adversary_loss(adversary: Arrays) -> tuple[jax.Array, Metrics]:
             return task.adversary_loss(networks.merge(state.params, adversary, state.frozen), batch, key)
 
-        with use_placement(activations), use_remat(config.remat):
+        with use_placement(activations), use_remat(config.remat), use_unrolled_blocks(config.unroll):
             (value, metrics), found = jax.value_and_grad(loss, has_aux=True)(state.params)
             metrics, groups = metrics | {"loss": value}, {"params": found}
             if state.adversary:
