@@ -12,7 +12,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 # On CPUs, XLA of jax 0.10 hands convolutions to a library (YNNPACK) that is slower than XLA's own: a tenth to twice in
-# the forward pass, up to four times in the gradient (docs/performance.md). JAX reads this when it first computes.
+# the forward pass, up to four times in the gradient (docs/speed_notes.md). JAX reads this when it first computes.
 _YNN = "--xla_cpu_experimental_ynn_fusion_type"
 if importlib.metadata.version("jaxlib").startswith("0.10.") and _YNN not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_YNN}=-LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION"
