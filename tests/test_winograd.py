@@ -25,7 +25,7 @@ def direct(x, kernel, pads):
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), pads, dimension_numbers=LAYOUT)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(
     st.tuples(st.integers(1, 3), st.integers(3, 21), st.integers(3, 21), st.integers(1, 5)),
     st.integers(1, 4),
@@ -34,7 +34,7 @@ def direct(x, kernel, pads):
 def test_it_is_the_convolution(shape, outputs, sides):
     x, kernel = arrays(shape, (3, 3, shape[-1], outputs))
     pads = (tuple(sides[:2]), tuple(sides[2:]))
-    found, expected = winograd(x, kernel, pads), direct(x, kernel, pads)
+    found, expected = jax.jit(winograd, static_argnums=2)(x, kernel, pads), direct(x, kernel, pads)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, atol=2e-6 * float(jnp.max(jnp.abs(expected))))
 
