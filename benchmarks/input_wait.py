@@ -5,8 +5,8 @@
 The photos are packed as `dpir pack` does; text embeddings of T5-XXL's size (256 tokens of 4096 numbers, random) are
 stored as `dpir precompute` does. "alone": as fast as batches come. "waiting": a device that is busy for `step-seconds`
 per batch, simulated by a timer so that it takes nothing from the input's cores; the training loop's own clock tells
-which share of the time it had no batch to work on, once the batches prepared beforehand are used up. It does not wait
-while a batch takes less than a step to prepare; of the two step lengths the second is too short for most sources.
+which share of the time it had no batch to work on. The batches prepared beforehand are taken out first: on these a
+source that is a little too slow would live for longer than is measured.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from dpir_jax.training.clock import StepClock
 
 TOKENS = (256, 4096)
 WARM_UP = 2  # batches
+SETTLE = 5  # steps, in which a source that is fast enough fills its buffer again
 
 
 def store_text(records: PhotoRecords, folder: Path, form: str) -> None:
@@ -53,16 +54,16 @@ def alone(batches: BatchIterator, seconds: float) -> tuple[float, float]:
     return images / (time.perf_counter() - start), 1e3 * (time.process_time() - cpu) / images
 
 
-def waiting(batches: BatchIterator, step_seconds: float, steps: int) -> float:
-    """Share of the time in which the simulated device had no batch."""
+def waiting(batches: BatchIterator, step_seconds: float, seconds: float) -> float:
+    """Share of the time in which the simulated device had no batch, from steps of `step_seconds` for `seconds`."""
     clock = StepClock()
     before = jax.block_until_ready
     jax.block_until_ready = lambda event: event.wait()  # the clock waits for a timer in the place of a device
     try:
-        next(batches)
-        ready = batches.batches.config.prefetch + WARM_UP
-        for step in range(ready + steps):
-            if step == ready:
+        for _ in range(batches.batches.config.prefetch + WARM_UP):
+            next(batches)
+        for step in range(SETTLE + max(SETTLE, round(seconds / step_seconds))):
+            if step == SETTLE:
                 clock.read()
             done = threading.Event()
             threading.Timer(step_seconds, done.set).start()
@@ -83,8 +84,7 @@ def main() -> None:
     parser.add_argument("--crop", type=int, default=512)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--step-seconds", type=float, nargs="+", default=[1.0, 0.1])
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--seconds", type=float, default=5.0, help="to measure each source alone for")
+    parser.add_argument("--seconds", type=float, default=10.0, help="to measure each source for, alone and waiting")
     parser.add_argument("--workers", type=int, default=0)
     arguments = parser.parse_args()
 
@@ -113,7 +113,7 @@ def main() -> None:
         print("|---" * (3 + len(arguments.step_seconds)) + "|")
         for title, config in cases.items():
             rate, cpu = alone(make_dataset(config), arguments.seconds)
-            shares = [waiting(make_dataset(config), seconds, arguments.steps) for seconds in arguments.step_seconds]
+            shares = [waiting(make_dataset(config), seconds, arguments.seconds) for seconds in arguments.step_seconds]
             print(
                 f"| {title} | {rate:.1f} | {cpu:.1f} | {' | '.join(f'{share:.1%}' for share in shares)} |", flush=True
             )

@@ -62,7 +62,8 @@ def _torch_kind(name: str) -> str:
 def of_jax(run: Callable[[], Any], program: str) -> Seconds:
     """Seconds of each kind, from the events of one run and the text of its compiled program.
 
-    At times several instructions run at once, on different threads: they share that time equally.
+    At times several instructions run at once, on different threads. Such time belongs to the kind that comes first in
+    `KINDS`: what runs beside a product and ends before it costs nothing.
     """
     import jax
 
@@ -74,10 +75,7 @@ def of_jax(run: Callable[[], Any], program: str) -> Seconds:
         (file,) = Path(folder).rglob("*.xplane.pb")
         spans = _spans(jax.profiler.ProfileData.from_file(str(file)))
     kind = functools.cache(functools.partial(_kind, _instructions(program)))
-    found = dict.fromkeys(KINDS, 0.0)
-    for name, seconds in _shares(spans).items():
-        found[kind(name)] += seconds
-    return found
+    return _shares([(begin, end, kind(name)) for begin, end, name in spans])
 
 
 def _spans(profile: Any) -> list[tuple[float, float, str]]:
@@ -94,18 +92,16 @@ def _spans(profile: Any) -> list[tuple[float, float, str]]:
     return [(begin, max(end, ended.get(key, end)), name) for key, (begin, end, name) in begun.items()]
 
 
-def _shares(spans: list[tuple[float, float, str]]) -> dict[str, float]:
-    """Seconds per instruction."""
-    turns = sorted(
-        (moment, starts, index) for index, span in enumerate(spans) for moment, starts in ((span[0], 1), (span[1], 0))
-    )
-    seconds, running, before = collections.Counter(), set(), 0.0
-    for moment, starts, index in turns:
-        for other in running:
-            seconds[spans[other][2]] += (moment - before) / len(running) / 1e9
-        (running.add if starts else running.discard)(index)
+def _shares(spans: list[tuple[float, float, str]]) -> Seconds:
+    """Seconds of each kind, from (begin, end, kind) in ns."""
+    turns = sorted(turn for begin, end, kind in spans for turn in ((begin, 1, kind), (end, -1, kind)))
+    found, running, before = dict.fromkeys(KINDS, 0.0), collections.Counter(), 0.0
+    for moment, change, kind in turns:
+        if first := next((kind for kind in KINDS if running[kind]), None):
+            found[first] += (moment - before) / 1e9
+        running[kind] += change
         before = moment
-    return seconds
+    return found
 
 
 def _instructions(program: str) -> dict[str, tuple[str, str]]:

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType
 
 from dpir_jax.errors import InputError
 from dpir_jax.models import attention as module
 from dpir_jax.models.attention import attention, use_attention_backend
+from dpir_jax.models.placement import Placement, use_placement
+from dpir_jax.models.platform import current_platform
 from dpir_jax.parallel.topologies import devices, parse_topology, without_cache
 
 BATCH, QUERIES, KEYS, HEADS, WIDTH = 2, 7, 9, 3, 8
@@ -108,13 +110,31 @@ def test_half_precision_softmax_is_in_float32():
         np.testing.assert_allclose(found.astype(jnp.float32), by_hand(q, k, v, None, None, WIDTH**-0.5), atol=0.02)
 
 
+def test_half_precision_queries_are_not_rounded_again():
+    q, k, v = operands(width=80, dtype=jnp.bfloat16)
+    errors = [
+        np.linalg.norm(
+            attention(4 * q, k, v, backend=backend).astype(jnp.float32) - by_hand(4 * q, k, v, None, None, 80**-0.5)
+        )
+        for backend in ("loop", "xla")
+    ]
+    assert errors[0] < 1.2 * errors[1]
+
+
+def test_the_platform_is_that_of_the_default_device_not_of_the_first(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert current_platform() == "tpu"
+    with jax.default_device(jax.devices("cpu")[0]):
+        assert current_platform() == "cpu"
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_cudnn_is_called_with_the_same_meaning(monkeypatch, masked):
     """No GPU here: JAX's own XLA form of the same function stands in for the kernel."""
     plain = jax.nn.dot_product_attention
     monkeypatch.setattr(jax.nn, "dot_product_attention", lambda *a, implementation, **k: plain(*a, **k))
-    q, k, v = operands(dtype=jnp.bfloat16)
-    keep, bias = mask() if masked else None, biases()["each"]
+    q, k, v = (x[:, :-1] for x in operands(dtype=jnp.bfloat16))
+    keep, bias = mask()[:, :-1] if masked else None, biases()["each"][..., :-1, :-1]
     found = attention(q, k, v, mask=keep, bias=bias, scale=0.7, backend="cudnn").astype(jnp.float32)
     np.testing.assert_allclose(found, by_hand(q, k, v, keep, bias, 0.7), atol=0.03)
 
@@ -171,11 +191,11 @@ def test_the_kernel_is_compiled_for_a_tpu_forward_and_backward():
 @pytest.mark.usefixtures("interpreted")
 def test_splash_runs_per_shard_of_a_mesh():
     mesh = jax.make_mesh((4, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
-    spec = PartitionSpec("data", None, "tensor", None)
     q, k, v = operands(batch=4, queries=130, keys=150, heads=2, width=64)
     expected = attention(q, k, v, backend="xla")
-    with use_attention_backend("splash", spec=spec), jax.set_mesh(mesh):
+    with use_placement(Placement(mesh, {"B": ("data",), "H": ("tensor",)})):
         found = jax.jit(lambda *a: attention(*a, backend="splash"))(q, k, v)
+    assert found.addressable_shards[0].data.shape == (1, 130, 1, 64)
     np.testing.assert_allclose(found, expected, atol=2e-5)
 
 
@@ -189,10 +209,11 @@ def test_preference_and_its_limits(monkeypatch):
         attention(q, k, v)  # float32
         attention(*operands(dtype=jnp.bfloat16))
         attention(*operands(dtype=jnp.bfloat16, width=10))
+        attention(*operands(dtype=jnp.bfloat16), mask=mask())  # nine keys: no gradient
     with use_attention_backend("xla"):
         attention(q, k, v)
     attention(q, k, v)
-    assert used == ["loop", "xla", "cudnn", "xla", "xla", "loop"]
+    assert used == ["loop", "xla", "cudnn", "xla", "xla", "xla", "loop"]
 
 
 def test_errors():
@@ -205,3 +226,5 @@ def test_errors():
         attention(q, k, v, bias=biases()["shared"], backend="splash")
     with pytest.raises(InputError, match="cannot take float32 inputs"):
         attention(q, k, v, backend="cudnn")
+    with pytest.raises(InputError, match=r"cannot take a mask or a bias with odd lengths \(7 and 9\)"):
+        attention(*operands(dtype=jnp.bfloat16), bias=biases()["shared"], backend="cudnn")

@@ -12,6 +12,7 @@ from dpir_jax.models.layers import Keys, conv
 from dpir_jax.models.placement import Placement, use_placement
 from dpir_jax.models.platform import use_platform
 from dpir_jax.models.winograd import LAYOUT, winograd
+from dpir_jax.parallel.flops import count_flops
 
 SAME = ((1, 1), (1, 1))
 
@@ -44,6 +45,13 @@ def test_bands_leave_no_seam(monkeypatch, height, width):
     x, kernel = arrays((2, height, width, 3), (3, 3, 3, 2))
     monkeypatch.setattr(module, "BAND", 20)  # seven and five tiles wide, two pictures: two rows of tiles at a time
     np.testing.assert_allclose(winograd(x, kernel, SAME), direct(x, kernel, SAME), atol=2e-5)
+
+
+def test_no_band_lies_beyond_the_picture(monkeypatch):
+    x, kernel = arrays((1, 20, 8, 3), (3, 3, 3, 2))
+    monkeypatch.setattr(module, "BAND", 6)  # ten rows of four tiles: six bands at most, and two rows in each
+    flops = count_flops(jax.jit(winograd, static_argnums=2).trace(x, kernel, SAME).jaxpr)
+    assert flops == 2 * 16 * (10 * 4) * 3 * 2
 
 
 def test_gradients_are_those_of_the_direct_one():

@@ -15,12 +15,10 @@ device; a program compiled for another machine says so: `with use_platform("tpu"
 
 import contextlib
 import contextvars
-import dataclasses
 from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from dpir_jax.errors import InputError
@@ -37,30 +35,21 @@ MASKED = float(jnp.finfo(jnp.float32).min)  # finite: a sample with no key at al
 PLATFORM_BACKENDS = {"cpu": "loop", "gpu": "cudnn", "tpu": "splash"}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Preference:
-    backend: str | None = None
-    spec: PartitionSpec | None = None
-
-
-_NONE = _Preference()
-_preference = contextvars.ContextVar("attention_preference", default=_NONE)
+_preference: contextvars.ContextVar[str | None] = contextvars.ContextVar("attention_preference", default=None)
 
 
 @contextlib.contextmanager
-def use_attention_backend(backend: str | None, *, spec: PartitionSpec | None = None) -> Iterator[None]:
+def use_attention_backend(backend: str | None) -> Iterator[None]:
     """Prefers a backend for every `attention` traced inside, wherever it can serve the call.
 
     Args:
       backend: a name of the table above, or None for the platform's own.
-      spec: how `[B, L, H, K]` lies on the mesh (`L` and `K` whole). The splash kernel cannot be partitioned by the
-        compiler, so on more than one device it runs per shard of this. Not needed under `use_placement`.
 
     Raises:
       InputError: an unknown backend.
     """
     _check(backend)
-    token = _preference.set(_Preference(backend, spec))
+    token = _preference.set(backend)
     try:
         yield
     finally:
@@ -95,10 +84,10 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     bias = bias[None] if bias is not None and bias.ndim == 3 else bias
     if backend is None:
-        preferred = _preference.get().backend or PLATFORM_BACKENDS.get(current_platform(), "xla")
+        preferred = _preference.get() or PLATFORM_BACKENDS.get(current_platform(), "xla")
         long = preferred != "splash" or min(q.shape[1], k.shape[1]) >= SPLASH_MIN_LENGTH
-        backend = preferred if long and not _obstacle(preferred, q, bias) else "xla"
-    elif obstacle := _obstacle(backend, q, bias):
+        backend = preferred if long and not _obstacle(preferred, q, k, mask, bias) else "xla"
+    elif obstacle := _obstacle(backend, q, k, mask, bias):
         raise InputError(f"attention backend {backend!r} cannot take {obstacle}")
     with jax.named_scope("attention"):
         if current_placement() is None:
@@ -133,13 +122,15 @@ def _check(backend: str | None) -> None:
         raise InputError(f"unknown attention backend {backend!r}: expected one of {', '.join(_BACKENDS)}")
 
 
-def _obstacle(backend: str, q: Heads, bias: Bias | None) -> str | None:
+def _obstacle(backend: str, q: Heads, k: Heads, mask: Array | None, bias: Bias | None) -> str | None:
     if backend == "splash" and bias is not None:
         return "a bias"
     if backend == "cudnn" and q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"{q.dtype} inputs, only bfloat16 and float16"
     if backend == "cudnn" and (q.shape[-1] % 8 or q.shape[-1] > 128):
         return f"heads {q.shape[-1]} wide, only multiples of 8 up to 128"
+    if backend == "cudnn" and not (mask is None and bias is None) and (q.shape[1] % 2 or k.shape[1] % 2):
+        return f"a mask or a bias with odd lengths ({q.shape[1]} and {k.shape[1]}): its gradient needs even ones"
     return None
 
 
@@ -165,10 +156,12 @@ def _loop(q: Heads, k: Heads, v: Heads, mask: Array | None, bias: Bias | None, s
     blocks = -(-queries * k.shape[1] // LOOP_LOGITS)
     size = -(-queries // blocks)
     fill = ((0, size * blocks - queries), (0, 0))  # rows that nobody reads, so that all blocks are equal
+    # Scaling the queries instead of the logits: one pass less over what is largest. 16 bits would round them again.
+    early, late = (scale, 1.0) if q.dtype == jnp.float32 else (1.0, scale)
 
     @jax.checkpoint  # recomputing these logits is cheaper than storing and reloading all of them
     def rows(q: Array, k: Array, v: Array, mask: Array | None, bias: Array | None) -> Array:
-        logits = jnp.einsum("qd,kd->qk", q, k, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("qd,kd->qk", q, k, preferred_element_type=jnp.float32) * late
         if bias is not None:
             logits = logits + bias.astype(jnp.float32)
         if mask is not None:
@@ -188,8 +181,7 @@ def _loop(q: Heads, k: Heads, v: Heads, mask: Array | None, bias: Bias | None, s
         out = jax.lax.map(lambda piece: rows(piece[0], k, v, keep, *(piece[1:] or (None,))), tuple(pieces))
         return out.reshape(-1, width)[:queries]
 
-    # Scaling the queries instead of the logits: one pass less over what is largest.
-    flat = (jnp.moveaxis(x, 2, 1).reshape(batch * heads, x.shape[1], width) for x in (q * scale, k, v))
+    flat = (jnp.moveaxis(x, 2, 1).reshape(batch * heads, x.shape[1], width) for x in (q * early, k, v))
     out = jax.lax.map(lambda args: one(*args), (*flat, jnp.arange(batch * heads)))
     return jnp.moveaxis(out.reshape(batch, heads, queries, width), 1, 2)
 
@@ -201,16 +193,6 @@ def _cudnn(q: Heads, k: Heads, v: Heads, mask: Array | None, bias: Bias | None, 
 
 
 def _splash(q: Heads, k: Heads, v: Heads, mask: Array | None, bias: Bias | None, scale: float) -> Heads:
-    mask = jnp.ones(k.shape[:2], bool) if mask is None else mask
-    spec = _preference.get().spec
-    if spec is None:
-        return _splash_shard(q * scale, k, v, mask)
-    batch = PartitionSpec(spec[0])
-    sharded = jax.shard_map(_splash_shard, in_specs=(spec, spec, spec, batch), out_specs=spec, check_vma=False)
-    return sharded(q * scale, k, v, mask)
-
-
-def _splash_shard(q: Heads, k: Heads, v: Heads, mask: Array) -> Heads:
     """Pads both sequences to whole blocks; tokens see only their own segment: 1 is real, 0 is padding or masked."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
@@ -227,6 +209,7 @@ def _splash_shard(q: Heads, k: Heads, v: Heads, mask: Array) -> Heads:
         block_q_dq=q_block,
         block_kv_dq=kv_block,
     )
+    mask = jnp.ones(k.shape[:2], bool) if mask is None else mask
     full = masks.MultiHeadMask([masks.FullMask((q_length, kv_length))] * q.shape[2])
     run: Callable = kernel.make_splash_mha(mask=full, block_sizes=sizes, head_shards=1, q_seq_shards=1)
 
@@ -236,7 +219,7 @@ def _splash_shard(q: Heads, k: Heads, v: Heads, mask: Array) -> Heads:
     segments = kernel.SegmentIds(
         q=padded(jnp.ones(q.shape[:2], jnp.int32), q_length), kv=padded(mask.astype(jnp.int32), kv_length)
     )
-    heads_first = (jnp.moveaxis(padded(x, n), 2, 1) for x, n in ((q, q_length), (k, kv_length), (v, kv_length)))
+    heads_first = (jnp.moveaxis(padded(x, n), 2, 1) for x, n in ((q * scale, q_length), (k, kv_length), (v, kv_length)))
     out = jax.vmap(run)(*heads_first, segments)
     return jnp.moveaxis(out, 1, 2)[:, : q.shape[1]]
 

@@ -21,4 +21,5 @@ def use_platform(name: str) -> Iterator[None]:
 
 def current_platform() -> str:
     """ "cpu", "gpu" or "tpu": the one of `use_platform`, else that of JAX's default device."""
-    return _traced_for.get() or jax.default_backend()
+    device = jax.config.jax_default_device  # a device, the name of a platform, or None: then the first of all devices
+    return _traced_for.get() or getattr(device, "platform", device) or jax.default_backend()

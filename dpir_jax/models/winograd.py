@@ -39,7 +39,9 @@ def suits(x: Array, kernel: Array, strides: Any, padding: Any, **options: Any) -
         kernel.shape[:2] == (3, 3)
         and kernel.shape[2] == x.shape[-1]
         and not isinstance(padding, str)
+        and min(map(min, padding)) >= 0
         and math.prod((*strides, *(options.get("lhs_dilation") or ()), *(options.get("rhs_dilation") or ()))) == 1
+        and options.get("batch_group_count", 1) == 1
     )
     return (
         plain
@@ -63,7 +65,8 @@ def winograd(x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"], pads: 
     height, width = (size + sum(sides) - 2 for size, sides in zip(x.shape[1:3], pads))
     rows, columns = -(-height // 2), -(-width // 2)  # of tiles
     bands = max(1, min(rows, x.shape[0] * rows * columns // BAND))
-    deep = -(-rows // bands)
+    deep = -(-rows // bands)  # rows in a band
+    bands = -(-rows // deep)
     beyond = (2 * deep * bands - height, 2 * columns - width)  # outputs that nobody asked for, so that tiles are whole
     padded = jnp.pad(x, ((0, 0), *((low, high + more) for (low, high), more in zip(pads, beyond)), (0, 0)))
     spectrum = _square(_of_kernel, list(kernel))

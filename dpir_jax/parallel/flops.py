@@ -2,7 +2,8 @@
 
 A multiply-add is two. A scan counts as often as it runs, recomputation (remat) as often as it is traced, a conditional
 as its dearest branch, a Pallas kernel once per place of its grid. A loop whose length depends on data counts once.
-Elementwise work is left out: the matrix units do not do it.
+Elementwise work is left out: the matrix units do not do it. A convolution by Winograd's products (`models.winograd`)
+counts as these.
 """
 
 import math
