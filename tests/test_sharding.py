@@ -1,5 +1,11 @@
 """The mesh, the rules from letters to shardings, and that a mesh does not change the losses."""
 
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -7,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from dpir_jax.errors import InputError
 from dpir_jax.parallel.mesh import MeshConfig, axis_sizes, make_mesh
-from dpir_jax.parallel.sharding import FSDP, ShardingRules, check_batch, put_batch
+from dpir_jax.parallel.sharding import FSDP, ShardingRules, check_batch, process_places, put_batch
+from dpir_jax.parallel.topologies import devices, parse_topology
 from dpir_jax.training.config import TrainConfig
 from dpir_jax.training.state import fingerprint, init_state
 from dpir_jax.training.step import make_train_step
@@ -90,6 +97,51 @@ def test_data_and_fsdp_share_the_devices(devices, shape):
     """In groups of up to 16, whose number divides the devices."""
     assert axis_sizes(MeshConfig(-1, -1), devices) == {"data": shape[0], "fsdp": shape[1], "tensor": 1, "context": 1}
     assert axis_sizes(MeshConfig(-1, -1, tensor=2), 2 * devices)["fsdp"] == shape[1]
+
+
+@pytest.mark.parametrize("slice_", ["v5e-16", "v5e-256", "v5p-128", "v6e-32", "v6e-256"])
+@pytest.mark.parametrize("config", [MeshConfig(-1, -1), MeshConfig(-1), MeshConfig(1, -1, context=2)], ids=str)
+def test_the_hosts_of_a_slice_share_a_batch(slice_, config):
+    """Whatever way the mesh takes through its torus."""
+    chips = devices(parse_topology(slice_))
+    mesh = make_mesh(config, chips)
+    batch = 2 * len(chips)
+    hosts = {chip.process_index for chip in chips}
+    shares = [process_places(mesh, batch, host) for host in hosts]
+    assert sorted(place for share in shares for place in share) == list(range(batch))
+    assert {len(share) for share in shares} == {batch // len(hosts)}
+
+
+INTERLEAVED = """
+import sys
+import jax, numpy as np
+from jax.sharding import AxisType, Mesh
+from dpir_jax.parallel.sharding import process_places, put_batch
+address, index = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(index))
+grid = np.array(jax.devices())[[0, 2, 3, 1]].reshape(2, 2)
+mesh = Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+whole = np.arange(8 * 3, dtype=np.float32).reshape(8, 3)
+places = process_places(mesh, 8)
+placed = put_batch({"x": whole[list(places)]}, mesh)["x"]
+for shard in placed.addressable_shards:
+    np.testing.assert_array_equal(shard.data, whole[shard.index])
+print("places", places)
+"""
+
+
+def test_two_processes_that_alternate_along_the_mesh():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": os.environ | flags}
+    command = [sys.executable, "-c", INTERLEAVED, address]
+    root = Path(__file__).parent.parent
+    both = [subprocess.Popen([*command, str(index)], cwd=root, **pipes) for index in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert "places (0, 1, 6, 7)" in outputs[0]
+    assert "places (2, 3, 4, 5)" in outputs[1]
 
 
 def test_a_batch_that_the_mesh_does_not_divide():

@@ -99,10 +99,9 @@ class Counter:
     """Batch n is drawn from (seed, n); the position is n. `TOY_SIGNAL_AT_n=SIGKILL` sends a signal before batch n;
     `TOY_SECONDS=0.5` makes every batch take so long."""
 
-    def __init__(self, batch, seed, size, poison_at=-1, length=None, process_index=0, process_count=1):
+    def __init__(self, batch, seed, size, poison_at=-1, length=None, places=None):
         self.batch, self.seed, self.size, self.poison_at, self.length, self.n = batch, seed, size, poison_at, length, 0
-        share = batch // process_count
-        self.own = slice(process_index * share, (process_index + 1) * share)
+        self.own = np.arange(batch) if places is None else np.array(places)
 
     def __iter__(self):
         return self
@@ -134,7 +133,6 @@ def counter(
     size: int = 8,
     poison_at: int = -1,
     length: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    places: tuple[int, ...] | None = None,
 ) -> Counter:
-    return Counter(batch, seed, size, poison_at, length, process_index, process_count)
+    return Counter(batch, seed, size, poison_at, length, places)

@@ -131,29 +131,19 @@ class Batches:
         config: DataConfig,
         *,
         embeddings: Sequence[Embeddings] = (),
-        process_index: int = 0,
-        process_count: int = 1,
+        places: Sequence[int] | None = None,
     ):
-        """Args: `sources` and, for each or for none, `embeddings`; `process_index` of `process_count` processes makes
-        its equal part of every batch.
-
-        Raises:
-          InputError: the batch cannot be divided among the processes.
-        """
-        if config.batch % process_count:
-            raise InputError(f"data: batch {config.batch} cannot be divided among {process_count} processes")
+        """Args: `sources` and, for each or for none, `embeddings`; `places`: which samples of every batch are made."""
         self.sources = (sources,) if isinstance(sources, Photos) else tuple(sources)
         self.embeddings = tuple(embeddings)
         self.config = config
-        self.share = config.batch // process_count
-        self.first = process_index * self.share
+        self.places = range(config.batch) if places is None else tuple(places)
         only = self.sources[0] if len(self.sources) == 1 else None
         self._places = _Epochs(only, config) if isinstance(only, PhotoFolder) else _mixed(self.sources, config)
 
     def __getitem__(self, step: int) -> dict[str, Any]:
         """Arrays and captions of one step, see `make_dataset`."""
-        start = step * self.config.batch + self.first
-        samples = [self.sample(number) for number in range(start, start + self.share)]
+        samples = [self.sample(step * self.config.batch + place) for place in self.places]
         captions = [sample.pop("caption") for sample in samples]
         batch = {name: np.stack([sample[name] for sample in samples]) for name in samples[0]}
         if self.config.tokenizer is not None:
@@ -276,7 +266,7 @@ def _prefetched(batches: Batches, step: int) -> grain.IterDataset:
     return iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=ahead))
 
 
-def make_dataset(config: DataConfig, *, process_index: int = 0, process_count: int = 1) -> BatchIterator:
+def make_dataset(config: DataConfig, *, places: Sequence[int] | None = None) -> BatchIterator:
     """An endless, resumable iterator over batches of crops.
 
     A batch is a dict:
@@ -286,10 +276,11 @@ def make_dataset(config: DataConfig, *, process_index: int = 0, process_count: i
       ids: `[B, text_tokens]` int32, T5's ids of the captions; only with `config.tokenizer`.
       text, moments, clip_tokens, clip_embed: what `config.embeddings` store of the photos (`data.embeddings.Meta`).
 
-    With several processes each gets its part (`batch / process_count`) of the same batches.
+    With several processes each makes the samples of its own `places` (numbers below `batch`; None: all) of the same
+    batches.
 
     Raises:
-      InputError: no usable photo, a batch that cannot be divided, or embeddings that are not of these photos.
+      InputError: no usable photo, or embeddings that are not of these photos.
     """
     min_side = max(config.min_side, config.global_crop)
     sources: list[Photos] = []
@@ -300,8 +291,7 @@ def make_dataset(config: DataConfig, *, process_index: int = 0, process_count: i
     embeddings = [Embeddings(folder) for folder in config.embeddings]
     for photos, stored in zip(sources, embeddings):
         _check_embeddings(photos, stored, config)
-    processes = {"process_index": process_index, "process_count": process_count}
-    return BatchIterator(Batches(sources, config, embeddings=embeddings, **processes))
+    return BatchIterator(Batches(sources, config, embeddings=embeddings, places=places))
 
 
 def _check_embeddings(photos: Photos, stored: Embeddings, config: DataConfig) -> None:

@@ -215,30 +215,37 @@ def check_batch(batch: int, mesh: Mesh, accumulate: int = 1) -> None:
         )
 
 
-def process_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): this process reads the index-th of count equal, consecutive pieces of every batch.
+def process_places(mesh: Mesh, batch: int, process: int | None = None) -> tuple[int, ...]:
+    """Which samples of every batch a process (None: this one) puts on its devices, in ascending order.
 
-    Processes whose devices differ only along `tensor` and `context` read the same piece.
+    They need not follow each other: along the torus of a TPU slice the mesh passes a host more than once. Processes
+    whose devices differ only along `tensor` and `context` hold the same samples.
     """
-    sharding, parts = batch_sharding(mesh), batch_parts(mesh)
-    rows = sorted({index[0].start or 0 for index in sharding.addressable_devices_indices_map((parts,)).values()})
-    first, length = rows[0], len(rows)
-    if rows != list(range(first, first + length)) or first % length or parts % length:
-        raise InputError(
-            f"this process holds the pieces {rows} of {parts} of a batch, which are not one equal share; "
-            "choose a mesh whose first axes run over the processes"
-        )
-    return first // length, parts // length
+    size = batch // batch_parts(mesh)
+    return tuple(place for piece in _pieces(mesh, process) for place in range(piece * size, (piece + 1) * size))
+
+
+def _pieces(mesh: Mesh, process: int | None = None) -> list[int]:
+    """The pieces of `batch_sharding` that lie on the process's devices."""
+    process = jax.process_index() if process is None else process
+    rows = mesh.devices.reshape(batch_parts(mesh), -1)  # the batch's axes come first
+    return [piece for piece, row in enumerate(rows) if any(device.process_index == process for device in row)]
 
 
 def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     """Host arrays `[B, ...]` to the mesh, each device getting its samples; returns at once, the copy runs on.
 
-    With several processes each passes its `process_share`, and the global batch is all of them in order.
+    With several processes each passes the samples of its `process_places`.
     """
-    sharding, count = batch_sharding(mesh), process_share(mesh)[1] if jax.process_count() > 1 else 1
+    sharding, parts, pieces = batch_sharding(mesh), batch_parts(mesh), _pieces(mesh)
 
     def put(value: Any) -> jax.Array:
-        return jax.make_array_from_process_local_data(sharding, value, (len(value) * count, *value.shape[1:]))
+        size = len(value) // len(pieces)
+
+        def part(index: tuple[slice, ...]) -> Any:
+            mine = pieces.index((index[0].start or 0) // size)
+            return value[mine * size : (mine + 1) * size]
+
+        return jax.make_array_from_callback((size * parts, *value.shape[1:]), sharding, part)
 
     return {name: put(value) for name, value in batch.items()}

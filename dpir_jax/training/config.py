@@ -7,7 +7,7 @@ A recipe is a file with `get_config(stage=...) -> ConfigDict`. Its top-level fie
     data        sub-config: the fields of `dpir_jax.data.pipeline.DataConfig` (batch and seed come from the top level)
     validation  optional; as `data`, its first batch is what the preview sheet shows
     data_type   optional; "module:function" that makes other batches: `function(batch=..., seed=..., **fields)`; with
-                several processes also `process_index` and `process_count`: the batches are this process's part then
+                several processes also `places`: the samples of each batch, of all its places, that this one makes
 """
 
 import ast
@@ -144,21 +144,23 @@ class Recipe:
         """The task, a `dpir_jax.training.task.Task`."""
         return _resolve(self.task_type, "task_type").from_config(self.task.to_dict())
 
-    def build_data(self, index: int = 0, count: int = 1) -> Any:
+    def build_data(self, places: Sequence[int] | None = None) -> Any:
         """The training batches: an endless iterator that can tell and take its position (`loop.Batches`).
 
-        `index` of `count`: which equal piece of each batch is wanted.
+        `places`: which samples of each batch are wanted (`parallel.sharding.process_places`); None: all.
         """
-        return self._batches("data", index, count)
+        return self._batches("data", places)
 
-    def build_validation(self, index: int = 0, count: int = 1) -> Any | None:
+    def build_validation(self, places: Sequence[int] | None = None) -> Any | None:
         """The batches whose first one is shown on the preview sheet; None: the recipe names none."""
-        return None if self.validation is None else self._batches("validation", index, count)
+        return None if self.validation is None else self._batches("validation", places)
 
-    def _batches(self, name: str, index: int, count: int) -> Any:
+    def _batches(self, name: str, places: Sequence[int] | None) -> Any:
         settings = {"batch": self.train.batch, "seed": self.train.seed} | getattr(self, name).to_dict()
-        if self.data_type and count > 1:
-            settings |= {"process_index": index, "process_count": count}
+        if places is not None and len(places) == settings["batch"]:
+            places = None
+        if self.data_type and places is not None:
+            settings |= {"places": tuple(places)}
         make = _resolve(self.data_type, "data_type") if self.data_type else DataConfig
         try:
             inspect.signature(make).bind(**settings)
@@ -166,7 +168,7 @@ class Recipe:
             raise InputError(f"config.{name} does not fit {make.__name__}: {error}") from error
         if self.data_type:
             return make(**settings)
-        return make_dataset(make(**settings), process_index=index, process_count=count)
+        return make_dataset(make(**settings), places=places)
 
 
 def load_recipe(spec: str, overrides: Sequence[str] = ()) -> Recipe:

@@ -21,7 +21,7 @@ noise that is not there is smoothed away as if it were; blur that is not there i
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self
 
@@ -115,8 +115,7 @@ def captioned(
     tokenizer: str,
     rows: int,
     length: int,
-    process_index: int = 0,
-    process_count: int = 1,
+    places: Sequence[int] | None = None,
     **fields: Any,
 ) -> _Captioned:
     """A recipe's `data_type` for photos with captions: `data`'s fields, and those of the text tower.
@@ -127,13 +126,11 @@ def captioned(
       tokenizer: its folder.
       rows: of the text tower that a caption may fill (`caption_windows`).
       length: of a row.
-      process_index: which part of each batch is wanted,
-      process_count: of so many equal ones.
+      places: which samples of each batch are made; None: all.
       **fields: of `DataConfig`.
     """
     config = DataConfig(batch=batch, seed=seed, captions=True, **fields)
-    batches = make_dataset(config, process_index=process_index, process_count=process_count)
-    return _Captioned(batches, read_tokenizer(tokenizer), rows, length)
+    return _Captioned(make_dataset(config, places=places), read_tokenizer(tokenizer), rows, length)
 
 
 # --- the task --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dpir_jax.files import write_json
 from dpir_jax.models.placement import use_placement
 from dpir_jax.parallel.flops import count_flops
 from dpir_jax.parallel.processes import agree, is_first, stop_asked, watch_others
-from dpir_jax.parallel.sharding import ShardingRules, placement, process_share, put_batch, replicated
+from dpir_jax.parallel.sharding import ShardingRules, placement, process_places, put_batch, replicated
 from dpir_jax.training.checkpoints import Checkpoints
 from dpir_jax.training.clock import StepClock, memory_bytes, peak_flops
 from dpir_jax.training.config import Recipe, TrainConfig
@@ -83,9 +83,9 @@ def train(
     started, config = time.monotonic(), recipe.train
     task = recipe.build_task() if task is None else task
     mesh, rules = make_layout(task, config)
-    share = process_share(mesh)
-    size = config.batch // share[1]
-    batches: Batches = recipe.build_data(*share)
+    places = process_places(mesh, config.batch)
+    size = len(places)
+    batches: Batches = recipe.build_data(places)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.keep))
         checkpoints.check(recipe)  # before the networks are made, which may take minutes
@@ -103,7 +103,7 @@ def train(
             return Outcome(first, "done")
         preview = None
         if config.preview_every:
-            shown = _next(recipe.build_validation(*share) or batches, 0, size)
+            shown = _next(recipe.build_validation(places) or batches, 0, size)
             preview = _Preview(task, networks, config.seed, put_batch(shown, mesh), rules, workdir / "previews")
         batches.set_state(position)
 
