@@ -117,6 +117,16 @@ def test_another_run_is_refused(whole, overrides, task, word, monkeypatch):
     assert lines(whole) == before
 
 
+def test_a_broken_log_is_refused_and_kept(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    log, config = tmp_path / "run/metrics.jsonl", tmp_path / "run/config.json"
+    log.write_text(log.read_text().replace('{"step": 2,', '"step": 2,'))
+    before = log.read_bytes(), config.read_bytes()
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 2, is not JSON"):
+        train(recipe("--config.steps=8"), tmp_path / "run", progress=False)
+    assert (log.read_bytes(), config.read_bytes()) == before
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax drops
 def test_a_damaged_checkpoint_is_named(whole, tmp_path):
     shutil.copytree(whole, tmp_path / "run")

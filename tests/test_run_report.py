@@ -14,8 +14,9 @@ from dpir_jax.cli import main
 from dpir_jax.errors import InputError
 from dpir_jax.training import clock as clocks
 from dpir_jax.training.clock import StepClock, Tick, spent
+from dpir_jax.training.logging import truncate
 from dpir_jax.training.loop import _mean, _means
-from dpir_jax.training.report import find_runs, format_summary, read_run, sparkline
+from dpir_jax.training.report import find_runs, format_summary, read_run, sparkline, write_summary
 from dpir_jax.training.time_bins import loss_by_time
 from tests.test_resume import ROOT
 
@@ -133,6 +134,67 @@ def test_a_run_without_lines(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text('{"st')
     with pytest.raises(InputError, match="has no line yet"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b'{"st', "is not JSON"),
+        (b"", "is not JSON"),
+        (b'{"step": 2, "loss": "\xff"}', "is not JSON"),
+        (b"5", "is not a JSON object"),
+        (b'{"loss": 1}', "has no whole number as its step"),
+        (b'{"step": 1.5}', "has no whole number as its step"),
+        (b'{"step": 2, "loss": "low"}', "has a loss that is neither a finite number nor null"),
+        (b'{"step": 2, "loss": NaN}', "has a loss that is neither a finite number nor null"),
+        (b'{"step": 2, "loss": [1]}', "has a loss that is neither a finite number nor null"),
+    ],
+)
+def test_a_broken_line_is_named_and_nothing_is_dropped(line, fault, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n' + line + b'\n{"step": 3, "loss": 1.0}\n')
+    before = path.read_bytes()
+    for read in (lambda: read_run(tmp_path), lambda: truncate(path, 3)):
+        with pytest.raises(InputError, match=rf"metrics.jsonl, line 2, {fault}; mend or remove"):
+            read()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "fault"),
+    [
+        ("config.json", "[]", "config.json is not a JSON object"),
+        ("config.json", '{"batch": "many"}', "batch is 'many'; it must be a whole number"),
+        ("config.json", '{"task_type": 5}', "task_type is 5; it must be text"),
+        ("summary.json", "[]", "summary.json is not a JSON object"),
+    ],
+)
+def test_a_broken_file_beside_the_log(file, text, fault, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (tmp_path / file).write_text(text)
+    with pytest.raises(InputError, match=fault):
+        read_run(tmp_path)
+
+
+def test_a_broken_summary_is_replaced_at_the_end(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (tmp_path / "summary.json").write_text("[]")
+    write_summary(tmp_path, "done")
+    assert read_run(tmp_path).summary["reason"] == "done"
+
+
+def test_steps_without_numbers(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "data_wait": null}\n')
+    assert main(["runs", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert "run, 2 steps" in captured.out
+    assert "NOT FINITE" not in captured.out
+    assert "has no curve to draw" in captured.err
+
+
+def test_waiting_for_data_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "data_wait": 0.5}\n')
+    assert "50.0% of the time for data\n" in format_summary(read_run(tmp_path))
 
 
 def test_a_run_that_went_on_and_then_became_not_finite(tmp_path):

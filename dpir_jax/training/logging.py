@@ -12,6 +12,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from dpir_jax.files import atomic_path, write_text
+from dpir_jax.training.log_lines import read_lines
 
 
 class RunLog:
@@ -72,18 +73,14 @@ class NoLog:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drops the lines after `step`, and a last line that was cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except ValueError:
-            break
-        kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    """Drops the lines after `step`, and a last line that was cut short.
+
+    Raises:
+      InputError: another line is broken; the file stays as it is.
+    """
+    if path.exists():
+        kept = [json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= step]
+        write_text(path, "".join(kept))
 
 
 def write_sheet(path: Path, rows: np.ndarray) -> None:
