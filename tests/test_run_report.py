@@ -128,6 +128,17 @@ def test_dpir_runs(run, tmp_path, capsys):
     assert find_runs(run.parent) == [run]
 
 
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path, capsys):
+    for name, text in {"a": "", "b": '{"step": 1, "loss": 2.0}\n'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    assert main(["runs", str(tmp_path), "--json", str(tmp_path / "runs.json")]) == 2
+    captured = capsys.readouterr()
+    assert "a/metrics.jsonl has no line yet" in captured.err
+    assert "b  run, 1 steps" in captured.out
+    assert list(json.loads((tmp_path / "runs.json").read_text())) == [str(tmp_path / "b")]
+
+
 def test_a_run_without_lines(tmp_path, capsys):
     assert main(["runs", str(tmp_path)]) == 2
     assert "holds no training run" in capsys.readouterr().err
