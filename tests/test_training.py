@@ -225,6 +225,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "NaN or infinite at or shortly before step 4; the checkpoint of step 2 is kept" in error
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["step"], summary["reason"], summary["finite"]) == (4, "not finite", False)
 
 
 def test_data_that_ends_or_does_not_fit(tmp_path):

@@ -29,6 +29,8 @@ from dpir_jax.training.step import make_train_step
 from dpir_jax.training.task import Task
 from dpir_jax.training.time_bins import BY_TIME
 
+NOT_FINITE = "not finite"  # why a run stopped, as summary.json says it
+
 
 class Batches(Protocol):
     """An endless iterator of batches (dicts of host arrays `[B, ...]`) that can tell and take its position."""
@@ -149,7 +151,8 @@ def train(
                         log.write(step, values | clock.read() | speed | machine)
                         pending, since = [], now
                     if values["finite"] < 1:
-                        raise InputError(_not_finite(step, saved))
+                        reason = NOT_FINITE
+                        break
                 if save:
                     checkpoints.save(step, state, recipe, position)
                     saved = step
@@ -159,6 +162,8 @@ def train(
                     break
         if is_first():
             write_summary(workdir, reason)
+        if reason == NOT_FINITE:
+            raise InputError(_not_finite(step, saved))
     return Outcome(step, reason)
 
 
