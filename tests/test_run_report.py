@@ -219,6 +219,21 @@ def test_a_run_that_went_on_and_then_became_not_finite(tmp_path):
     assert "NOT FINITE" in format_summary(run)
 
 
+@pytest.mark.parametrize(
+    ("starts", "seconds"),
+    [
+        ((0, 0, 2, 2), 250.0),
+        ((None, None, 2, 2), 250.0),  # the first start by an older version
+        ((None, None, None, None), 150.0),  # both: nothing tells them apart
+    ],
+)
+def test_time_over_two_starts(starts, seconds, tmp_path):
+    rows = [{"step": n, "loss": 1.0, "seconds": t} | ({} if start is None else {"start": start})
+            for n, (t, start) in enumerate(zip((50.0, 100.0, 110.0, 150.0), starts), 1)]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_run(tmp_path).summary["seconds"] == seconds
+
+
 def test_sparkline():
     assert sparkline([]) == ""
     assert sparkline([1, 1]) == "▁▁"

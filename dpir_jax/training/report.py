@@ -23,7 +23,7 @@ from dpir_jax.training.time_bins import BY_TIME
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 BARS = "▁▂▃▄▅▆▇█"
-NOT_CURVES = ("step", "finite", "seconds")
+NOT_CURVES = ("step", "start", "finite", "seconds")
 COLOURS = ((31, 90, 165), (200, 80, 30), (40, 130, 70), (130, 60, 150), (120, 120, 20), (190, 30, 90))
 PANEL = (460, 220)  # pixels of one curve
 MARGIN = (56, 26, 12, 22)  # left, top, right, bottom of the axes in a panel
@@ -137,12 +137,18 @@ def _summary(
 
 
 def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Time spent, over all starts of the run: the clock of each begins at zero."""
+    """Time spent on these lines, over all starts of the run: the clock of each begins at zero.
+
+    Older logs do not mark their starts; there a start shows only by a clock that is behind the one before.
+    """
     total = previous = 0.0
+    start = None
     for row in rows:
-        now = row.get("seconds") or previous
-        total += now - previous if now >= previous else now
-        previous = now
+        if (now := row.get("seconds")) is None:
+            continue
+        goes_on = row.get("start") == start and now >= previous
+        total += now - previous if goes_on else now
+        previous, start = now, row.get("start")
     return total
 
 
