@@ -1,6 +1,8 @@
 """What a run tells: times to completion, waiting, loss by time, the summary, the picture of the curves, the trace."""
 
 import json
+import math
+import struct
 import threading
 import time
 
@@ -9,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 
 from dpir_jax.cli import main
 from dpir_jax.errors import InputError
 from dpir_jax.training import clock as clocks
+from dpir_jax.training import loop
 from dpir_jax.training.clock import StepClock, Tick, spent
 from dpir_jax.training.logging import truncate
 from dpir_jax.training.loop import _mean, _means
@@ -70,7 +74,7 @@ def test_peaks(monkeypatch):
 def test_loss_by_time():
     loss, sigma = jnp.array([1.0, 3.0, 5.0, 7.0]), jnp.array([0.1, 0.2, 0.6, 1.0])
     found = {name: float(value) for name, value in loss_by_time(loss, sigma, "flow").items()}
-    assert found.pop("flow_by_time/0.25-0.50") != found  # NaN: no sample
+    assert math.isnan(found.pop("flow_by_time/0.25-0.50"))  # no sample
     assert found == {"flow_by_time/0.00-0.25": 2.0, "flow_by_time/0.50-0.75": 5.0, "flow_by_time/0.75-1.00": 7.0}
     assert _mean("flow_by_time/0.00-0.25", np.array([1.0, np.nan, 3.0])) == 2.0
     assert np.isnan(_mean("flow", np.array([1.0, np.nan])))
@@ -113,6 +117,41 @@ def test_summary(run):
     assert summary["step_seconds"] == np.median([line["step_seconds"] for line in lines])
     assert summary["seconds"] == lines[-1]["seconds"]
     assert list((run / "profile").rglob("*.xplane.pb"))
+
+
+def test_tensorboard_has_the_same_numbers(run):
+    (path,) = (run / "tensorboard").iterdir()
+    data, scalars = path.read_bytes(), {}
+    while data:  # records: length, its checksum, the event, its checksum
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        scalars |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+        data = data[16 + length :]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = {(line["step"], name): np.float32(value) for line in lines for name, value in line.items()
+              if name not in ("step", "start")}  # fmt: skip
+    assert scalars == logged
+
+
+def test_utilisation_where_the_peak_is_known(run, tmp_path, monkeypatch):
+    device, peak, counted = jax.devices()[:1], 1e9, []
+
+    def count(*arguments, flops=loop.model_flops):
+        counted.append(flops(*arguments))
+        return counted[0]
+
+    monkeypatch.setattr(loop, "model_flops", count)
+    monkeypatch.setattr(jax, "devices", lambda: device)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setitem(clocks.PEAKS, device[0].device_kind, peak)
+    command = ["train", "--config", RECIPE, "--workdir", str(tmp_path), "--config.log_every=2"]
+    assert main([*command, "--config.steps=3"]) == 0
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):  # of steps 2 and 3
+        seconds = 8 / line["images_per_second"]  # a step of 8 images
+        assert line["flop_utilization"] == pytest.approx(counted[0] / (seconds * peak))
+    assert counted[0] > 1e5
+    assert "of the peak" in format_summary(read_run(tmp_path))
+    assert "flop_utilization" not in (run / "metrics.jsonl").read_text()  # there it is not known
 
 
 def test_dpir_runs(run, tmp_path, capsys):
