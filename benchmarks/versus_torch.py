@@ -5,8 +5,8 @@
 The two take turns, so that other work on the machine meets both alike; medians over the rounds. Wall seconds are what
 one waits for; CPU seconds, of all threads, hardly change when the machine is busy. PyTorch runs eagerly, as pipelines
 of diffusers do. The training step is loss, gradient and plain gradient descent (AdamW's moments of both sides together
-would need 5 GB more), ours with `train.unroll`. Compiling is not counted and shown beside. One more run of each, under
-the profilers, says where the time goes. Needs the extra [test] and 9 GB of memory.
+would need 5 GB more), ours as with `config.unroll`. Compiling is not counted and shown beside. One more run of each,
+under the profilers, says where the time goes. Needs the extra [test] and 9 GB of memory.
 """
 
 import argparse

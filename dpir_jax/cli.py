@@ -459,15 +459,19 @@ def _runs(arguments: argparse.Namespace) -> int:
     from dpir_jax.files import write_json
     from dpir_jax.training.report import draw_curves, find_runs, format_summary, read_run
 
-    summaries = {}
+    summaries, failed = {}, False
     for workdir in find_runs(arguments.workdir):
-        run = read_run(workdir)
-        summaries[str(workdir)] = run.summary
-        print(format_summary(run))
-        print(f"  curves     {draw_curves(run, workdir / 'curves.png')}\n")
-    if arguments.json:
+        try:
+            run = read_run(workdir)
+            summaries[str(workdir)] = run.summary
+            print(format_summary(run))
+            print(f"  curves     {draw_curves(run, workdir / 'curves.png')}\n")
+        except InputError as error:
+            print(f"dpir: error: {error}", file=sys.stderr)
+            failed = True
+    if arguments.json and summaries:
         write_json(arguments.json, summaries)
-    return 0
+    return 2 if failed else 0
 
 
 # --- pack ------------------------------------------------------------------------------------------------------------

@@ -19,9 +19,10 @@ from dpir_jax.parallel.mesh import MeshConfig, make_mesh
 from dpir_jax.parallel.sharding import FSDP, parameter_shardings
 from dpir_jax.training.config import TrainConfig
 from dpir_jax.training.loop import model_flops
-from dpir_jax.training.state import abstract_state, optimizer
+from dpir_jax.training.state import abstract_state, init_state, optimizer
 from dpir_jax.training.step import make_train_step
 from tests.flow_task import FlowTask, latents
+from tests.toy_task import ToyTask
 
 # --- rematerialisation -----------------------------------------------------------------------------------------------
 
@@ -110,6 +111,18 @@ def test_unrolled_blocks_are_no_loop_and_change_no_gradient():
     one, other = (jax.tree.leaves(lowered.compile()(blocks, jnp.ones((2, 5)))) for lowered in (looped, unrolled))
     for a, b in zip(one, other, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_the_setting_unrolls_the_blocks_of_the_step():
+    def loops(unroll):
+        task, mesh = ToyTask(), make_mesh(devices=jax.devices()[:1])
+        settings = TrainConfig(steps=1, batch=8, learning_rate=1e-3, unroll=unroll)
+        state, networks, shardings = init_state(task, settings, mesh)
+        step = make_train_step(task, settings, networks, mesh, shardings)
+        batch = {"image": jnp.zeros((8, 8, 8, 3))}
+        return step.lower(state, batch, jax.random.key(0)).as_text().count("stablehlo.while")
+
+    assert loops(False) - loops(True) == 2  # over its two blocks, forward and backward; random numbers have some too
 
 
 def test_utilisation_counts_no_recomputation():

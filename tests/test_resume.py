@@ -29,7 +29,7 @@ def recipe(*overrides):
 
 
 def lines(workdir):
-    timeless = ("seconds", "images_per_second", "step_seconds", "data_wait", "host_wait", "memory_gb")
+    timeless = ("start", "seconds", "images_per_second", "step_seconds", "data_wait", "host_wait", "memory_gb")
     with (workdir / "metrics.jsonl").open() as file:
         return [{name: v for name, v in json.loads(line).items() if name not in timeless} for line in file]
 
@@ -82,6 +82,8 @@ def test_after_sigterm_and_time_limits(whole, tmp_path, monkeypatch):
     assert (outcome.step, outcome.reason, outcome.signal) == (3, "time limit", None)
     assert train(recipe(), tmp_path, progress=False).reason == "done"
     assert lines(tmp_path) == lines(whole)
+    with (tmp_path / "metrics.jsonl").open() as file:
+        assert [json.loads(line)["start"] for line in file] == [0, 0, 2, 3, 3, 3]
     assert train(recipe(), tmp_path, progress=False).step == 6  # nothing left to do
 
 
@@ -115,6 +117,16 @@ def test_another_run_is_refused(whole, overrides, task, word, monkeypatch):
     with pytest.raises(InputError, match=word):
         train(recipe(*overrides), whole, task=task, progress=False)
     assert lines(whole) == before
+
+
+def test_a_broken_log_is_refused_and_kept(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "run")
+    log, config = tmp_path / "run/metrics.jsonl", tmp_path / "run/config.json"
+    log.write_text(log.read_text().replace('{"step": 2,', '"step": 2,'))
+    before = log.read_bytes(), config.read_bytes()
+    with pytest.raises(InputError, match=r"metrics.jsonl, line 2, is not JSON"):
+        train(recipe("--config.steps=8"), tmp_path / "run", progress=False)
+    assert (log.read_bytes(), config.read_bytes()) == before
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax drops

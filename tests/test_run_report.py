@@ -1,6 +1,8 @@
 """What a run tells: times to completion, waiting, loss by time, the summary, the picture of the curves, the trace."""
 
 import json
+import math
+import struct
 import threading
 import time
 
@@ -9,13 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 
 from dpir_jax.cli import main
 from dpir_jax.errors import InputError
 from dpir_jax.training import clock as clocks
+from dpir_jax.training import loop
 from dpir_jax.training.clock import StepClock, Tick, spent
+from dpir_jax.training.logging import truncate
 from dpir_jax.training.loop import _mean, _means
-from dpir_jax.training.report import find_runs, format_summary, read_run, sparkline
+from dpir_jax.training.report import find_runs, format_summary, read_run, sparkline, write_summary
 from dpir_jax.training.time_bins import loss_by_time
 from tests.test_resume import ROOT
 
@@ -69,7 +74,7 @@ def test_peaks(monkeypatch):
 def test_loss_by_time():
     loss, sigma = jnp.array([1.0, 3.0, 5.0, 7.0]), jnp.array([0.1, 0.2, 0.6, 1.0])
     found = {name: float(value) for name, value in loss_by_time(loss, sigma, "flow").items()}
-    assert found.pop("flow_by_time/0.25-0.50") != found  # NaN: no sample
+    assert math.isnan(found.pop("flow_by_time/0.25-0.50"))  # no sample
     assert found == {"flow_by_time/0.00-0.25": 2.0, "flow_by_time/0.50-0.75": 5.0, "flow_by_time/0.75-1.00": 7.0}
     assert _mean("flow_by_time/0.00-0.25", np.array([1.0, np.nan, 3.0])) == 2.0
     assert np.isnan(_mean("flow", np.array([1.0, np.nan])))
@@ -114,6 +119,41 @@ def test_summary(run):
     assert list((run / "profile").rglob("*.xplane.pb"))
 
 
+def test_tensorboard_has_the_same_numbers(run):
+    (path,) = (run / "tensorboard").iterdir()
+    data, scalars = path.read_bytes(), {}
+    while data:  # records: length, its checksum, the event, its checksum
+        (length,) = struct.unpack("<Q", data[:8])
+        event = Event.FromString(data[12 : 12 + length])
+        scalars |= {(event.step, value.tag): value.simple_value for value in event.summary.value}
+        data = data[16 + length :]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    logged = {(line["step"], name): np.float32(value) for line in lines for name, value in line.items()
+              if name not in ("step", "start")}  # fmt: skip
+    assert scalars == logged
+
+
+def test_utilisation_where_the_peak_is_known(run, tmp_path, monkeypatch):
+    device, peak, counted = jax.devices()[:1], 1e9, []
+
+    def count(*arguments, flops=loop.model_flops):
+        counted.append(flops(*arguments))
+        return counted[0]
+
+    monkeypatch.setattr(loop, "model_flops", count)
+    monkeypatch.setattr(jax, "devices", lambda: device)
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    monkeypatch.setitem(clocks.PEAKS, device[0].device_kind, peak)
+    command = ["train", "--config", RECIPE, "--workdir", str(tmp_path), "--config.log_every=2"]
+    assert main([*command, "--config.steps=3"]) == 0
+    for line in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines()):  # of steps 2 and 3
+        seconds = 8 / line["images_per_second"]  # a step of 8 images
+        assert line["flop_utilization"] == pytest.approx(counted[0] / (seconds * peak))
+    assert counted[0] > 1e5
+    assert "of the peak" in format_summary(read_run(tmp_path))
+    assert "flop_utilization" not in (run / "metrics.jsonl").read_text()  # there it is not known
+
+
 def test_dpir_runs(run, tmp_path, capsys):
     assert main(["runs", str(run), "--json", str(tmp_path / "runs.json")]) == 0
     out = capsys.readouterr().out
@@ -127,12 +167,84 @@ def test_dpir_runs(run, tmp_path, capsys):
     assert find_runs(run.parent) == [run]
 
 
+def test_a_run_that_cannot_be_read_does_not_hide_the_others(tmp_path, capsys):
+    for name, text in {"a": "", "b": '{"step": 1, "loss": 2.0}\n'}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(text)
+    assert main(["runs", str(tmp_path), "--json", str(tmp_path / "runs.json")]) == 2
+    captured = capsys.readouterr()
+    assert "a/metrics.jsonl has no line yet" in captured.err
+    assert "b  run, 1 steps" in captured.out
+    assert list(json.loads((tmp_path / "runs.json").read_text())) == [str(tmp_path / "b")]
+
+
 def test_a_run_without_lines(tmp_path, capsys):
     assert main(["runs", str(tmp_path)]) == 2
     assert "holds no training run" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text('{"st')
     with pytest.raises(InputError, match="has no line yet"):
         read_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        (b'{"st', "is not JSON"),
+        (b"", "is not JSON"),
+        (b'{"step": 2, "loss": "\xff"}', "is not JSON"),
+        (b"5", "is not a JSON object"),
+        (b'{"loss": 1}', "has no whole number as its step"),
+        (b'{"step": 1.5}', "has no whole number as its step"),
+        (b'{"step": 2, "loss": "low"}', "has a loss that is neither a finite number nor null"),
+        (b'{"step": 2, "loss": NaN}', "has a loss that is neither a finite number nor null"),
+        (b'{"step": 2, "loss": [1]}', "has a loss that is neither a finite number nor null"),
+    ],
+)
+def test_a_broken_line_is_named_and_nothing_is_dropped(line, fault, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n' + line + b'\n{"step": 3, "loss": 1.0}\n')
+    before = path.read_bytes()
+    for read in (lambda: read_run(tmp_path), lambda: truncate(path, 3)):
+        with pytest.raises(InputError, match=rf"metrics.jsonl, line 2, {fault}; mend or remove"):
+            read()
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "fault"),
+    [
+        ("config.json", "[]", "config.json is not a JSON object"),
+        ("config.json", '{"batch": "many"}', "batch is 'many'; it must be a whole number"),
+        ("config.json", '{"task_type": 5}', "task_type is 5; it must be text"),
+        ("summary.json", "[]", "summary.json is not a JSON object"),
+    ],
+)
+def test_a_broken_file_beside_the_log(file, text, fault, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (tmp_path / file).write_text(text)
+    with pytest.raises(InputError, match=fault):
+        read_run(tmp_path)
+
+
+def test_a_broken_summary_is_replaced_at_the_end(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    (tmp_path / "summary.json").write_text("[]")
+    write_summary(tmp_path, "done")
+    assert read_run(tmp_path).summary["reason"] == "done"
+
+
+def test_steps_without_numbers(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "data_wait": null}\n')
+    assert main(["runs", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert "run, 2 steps" in captured.out
+    assert "NOT FINITE" not in captured.out
+    assert "has no curve to draw" in captured.err
+
+
+def test_waiting_for_data_alone(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "data_wait": 0.5}\n')
+    assert "50.0% of the time for data\n" in format_summary(read_run(tmp_path))
 
 
 def test_a_run_that_went_on_and_then_became_not_finite(tmp_path):
@@ -144,6 +256,21 @@ def test_a_run_that_went_on_and_then_became_not_finite(tmp_path):
     assert (run.summary["seconds"], run.summary["step"], run.summary["finite"]) == (16.0, 4, False)
     assert run.summary["loss"] == {"first": 2.0, "last": 1.5, "lowest": 1.0, "lowest_step": 2}
     assert "NOT FINITE" in format_summary(run)
+
+
+@pytest.mark.parametrize(
+    ("starts", "seconds"),
+    [
+        ((0, 0, 2, 2), 250.0),
+        ((None, None, 2, 2), 250.0),  # the first start by an older version
+        ((None, None, None, None), 150.0),  # both: nothing tells them apart
+    ],
+)
+def test_time_over_two_starts(starts, seconds, tmp_path):
+    rows = [{"step": n, "loss": 1.0, "seconds": t} | ({} if start is None else {"start": start})
+            for n, (t, start) in enumerate(zip((50.0, 100.0, 110.0, 150.0), starts), 1)]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert read_run(tmp_path).summary["seconds"] == seconds
 
 
 def test_sparkline():

@@ -196,7 +196,6 @@ def test_train_and_export_by_command(tmp_path, capsys):
     assert [line["step"] for line in lines] == [2, 3]
     assert {"loss", "pixels", "grad_norm", "param_norm", "update_norm", "lr", "images_per_second"} <= set(lines[0])
     assert json.loads((run / "config.json").read_text())["steps"] == 3
-    assert list((run / "tensorboard").iterdir())
     sheets = sorted((run / "previews").iterdir())
     assert [sheet.name for sheet in sheets] == ["step_000002.png", "step_000003.png"]
     with Image.open(sheets[0]) as sheet:
@@ -225,6 +224,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     error = capsys.readouterr().err.splitlines()[-1]
     assert "NaN or infinite at or shortly before step 4; the checkpoint of step 2 is kept" in error
     assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["step"], summary["reason"], summary["finite"]) == (4, "not finite", False)
 
 
 def test_data_that_ends_or_does_not_fit(tmp_path):

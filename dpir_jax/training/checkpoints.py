@@ -20,7 +20,7 @@ FREE = (
     *("checkpoint_every", "keep", "preview_every", "log_every", "profile_at", "time_limit_minutes", "validation"),
     *("mesh", "sharding", "frozen_sharding", "remat", "unroll"),
 )
-FREE_DATA = ("workers", "threads", "prefetch", "cache_mb")  # these and the settings above do not change the result
+FREE_DATA = ("workers", "threads", "prefetch", "cache_mb")  # these and the settings above change nothing but rounding
 SAVED = (
     "step",
     "finite",

@@ -23,7 +23,7 @@ import jax
 
 from dpir_jax.parallel.topologies import GENERATIONS
 
-# jax.Device.device_kind -> bfloat16 FLOP/s; the GPUs' from NVIDIA's data sheets, dense
+# jax.Device.device_kind -> bfloat16 FLOP/s; the GPUs' (SXM) from NVIDIA's data sheets, dense
 PEAKS = {
     **{kind: GENERATIONS["v5e"].chip.peak_flops for kind in ("TPU v5 lite", "TPU v5e")},
     **{kind: GENERATIONS["v5p"].chip.peak_flops for kind in ("TPU v5", "TPU v5p")},

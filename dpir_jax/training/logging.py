@@ -12,6 +12,7 @@ from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
 from dpir_jax.files import atomic_path, write_text
+from dpir_jax.training.log_lines import read_lines
 
 
 class RunLog:
@@ -22,7 +23,7 @@ class RunLog:
         truncate(self._path, start)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1 if start else None)
-        self._batch = batch
+        self._batch, self._start = batch, start
         self._bar = tqdm(
             total=steps * batch,
             initial=start * batch,
@@ -46,9 +47,12 @@ class RunLog:
         self._bar.update(self._batch)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
-        """One line and one point per metric. JSON has no NaN: such a value is written as null."""
+        """One line and one point per metric. JSON has no NaN: such a value is written as null.
+
+        `start` tells the lines of one start of the run from those of another, which has none left after the same step.
+        """
         line = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        self._file.write(json.dumps({"step": step} | line) + "\n")
+        self._file.write(json.dumps({"step": step, "start": self._start} | line) + "\n")
         self._file.flush()
         for name, value in metrics.items():
             self._board.add_scalar(name, value, step)
@@ -72,18 +76,14 @@ class NoLog:
 
 
 def truncate(path: Path, step: int) -> None:
-    """Drops the lines after `step`, and a last line that was cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] > step:
-                break
-        except ValueError:
-            break
-        kept.append(line + "\n")
-    write_text(path, "".join(kept))
+    """Drops the lines after `step`, and a last line that was cut short.
+
+    Raises:
+      InputError: another line is broken; the file stays as it is.
+    """
+    if path.exists():
+        kept = [json.dumps(row) + "\n" for row in read_lines(path) if row["step"] <= step]
+        write_text(path, "".join(kept))
 
 
 def write_sheet(path: Path, rows: np.ndarray) -> None:

@@ -29,6 +29,8 @@ from dpir_jax.training.step import make_train_step
 from dpir_jax.training.task import Task
 from dpir_jax.training.time_bins import BY_TIME
 
+NOT_FINITE = "not finite"  # why a run stopped, as summary.json says it
+
 
 class Batches(Protocol):
     """An endless iterator of batches (dicts of host arrays `[B, ...]`) that can tell and take its position."""
@@ -77,7 +79,7 @@ def train(
 
     Raises:
       InputError: the mesh does not fit the devices or the batch, the data ends or does not fit, the checkpoint is of
-        another run, or the loss is no longer finite.
+        another run, a line of the log is broken, or the loss is no longer finite.
       LostProcess: another process of the run is gone.
     """
     started, config = time.monotonic(), recipe.train
@@ -109,13 +111,14 @@ def train(
 
         open_log: Any = NoLog()
         if is_first():
-            write_json(workdir / "config.json", recipe.to_json())
             open_log = RunLog(workdir, start=first, steps=config.steps, batch=config.batch, progress=progress)
         with (
             open_log as log,
             contextlib.closing(StepClock()) as clock,
             contextlib.closing(_Profiler(config.profile_at, workdir / "profile")) as profiler,
         ):
+            if is_first():  # not before: a log that cannot be gone on with leaves all files as they are
+                write_json(workdir / "config.json", recipe.to_json())
             batch = put_batch(_next(batches, first, size), mesh)
             peak = peak_flops()
             flops = model_flops(task, config, networks, mesh, shardings, rules, (state, batch, key)) if peak else None
@@ -148,7 +151,8 @@ def train(
                         log.write(step, values | clock.read() | speed | machine)
                         pending, since = [], now
                     if values["finite"] < 1:
-                        raise InputError(_not_finite(step, saved))
+                        reason = NOT_FINITE
+                        break
                 if save:
                     checkpoints.save(step, state, recipe, position)
                     saved = step
@@ -158,6 +162,8 @@ def train(
                     break
         if is_first():
             write_summary(workdir, reason)
+        if reason == NOT_FINITE:
+            raise InputError(_not_finite(step, saved))
     return Outcome(step, reason)
 
 

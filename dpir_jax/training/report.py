@@ -7,7 +7,6 @@ runs/dit  DiTTask, 4000 of 4000 steps, done
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,11 +18,12 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dpir_jax.errors import InputError
 from dpir_jax.files import atomic_path, read_json, write_json
+from dpir_jax.training.log_lines import read_lines
 from dpir_jax.training.time_bins import BY_TIME
 
 METRICS, SUMMARY = "metrics.jsonl", "summary.json"
 BARS = "▁▂▃▄▅▆▇█"
-NOT_CURVES = ("step", "finite", "seconds")
+NOT_CURVES = ("step", "start", "finite", "seconds")
 COLOURS = ((31, 90, 165), (200, 80, 30), (40, 130, 70), (130, 60, 150), (120, 120, 20), (190, 30, 90))
 PANEL = (460, 220)  # pixels of one curve
 MARGIN = (56, 26, 12, 22)  # left, top, right, bottom of the axes in a panel
@@ -62,46 +62,48 @@ def find_runs(folder: str | Path) -> list[Path]:
 
 
 def read_run(workdir: str | Path) -> Run:
-    """Reads `metrics.jsonl` and `config.json`.
+    """Reads `metrics.jsonl`, and of `config.json` and `summary.json` what is there.
 
     Raises:
-      InputError: there is no log, or it has no line.
+      InputError: there is no log, it has no line, or one of the files is not as a run writes it.
     """
     workdir = Path(workdir)
-    rows = _rows(workdir / METRICS)
+    rows = read_lines(workdir / METRICS)
     if not rows:
         raise InputError(f"{workdir / METRICS} has no line yet; a run writes one every config.log_every steps")
-    config = read_json(workdir / "config.json") if (workdir / "config.json").is_file() else {}
+    run = _run(workdir, rows)
+    ended = _read_object(workdir / SUMMARY, reason=str)
+    if ended.get("step") == run.summary["step"]:
+        run.summary["reason"] = ended.get("reason")  # of an older stop, if the run has gone on since
+    return run
+
+
+def write_summary(workdir: Path, reason: str) -> None:
+    """Writes `summary.json`, unless the run stopped before its first line; `reason`: why it stopped."""
+    if rows := read_lines(workdir / METRICS):
+        write_json(workdir / SUMMARY, _run(workdir, rows).summary | {"reason": reason})
+
+
+def _run(workdir: Path, rows: Sequence[Mapping[str, Any]]) -> Run:
+    config = _read_object(workdir / "config.json", task_type=str, steps=int, batch=int)
     names = dict.fromkeys(name for row in rows for name in row if name != "step")
     curves = {
         name: np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None], float).reshape(-1, 2)
         for name in names
     }
-    summary = _summary(rows, curves, config)
-    done = workdir / SUMMARY
-    if done.is_file() and (ended := read_json(done)).get("step") == summary["step"]:
-        summary["reason"] = ended.get("reason")  # of an older stop, if the run has gone on since
-    return Run(workdir, config, curves, summary)
+    return Run(workdir, config, curves, _summary(rows, curves, config))
 
 
-def write_summary(workdir: Path, reason: str) -> None:
-    """Writes `summary.json`, unless the run stopped before its first line; `reason`: why it stopped."""
-    if _rows(workdir / METRICS):
-        write_json(workdir / SUMMARY, read_run(workdir).summary | {"reason": reason})
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise InputError(f"{path.parent} holds no training run: {error.strerror or error}") from error
-    rows = []
-    for line in lines:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break  # the last line of a run that was killed, or is writing just now
-    return rows
+def _read_object(path: Path, **kinds: type) -> dict[str, Any]:
+    """A JSON object, empty if there is no such file; `kinds`: what some of its values must be, where they are there."""
+    found = read_json(path) if path.is_file() else {}
+    if not isinstance(found, dict):
+        raise InputError(f"{path} is not a JSON object; mend it, or remove it to read the run without it")
+    for name, kind in kinds.items():
+        if name in found and (not isinstance(found[name], kind) or isinstance(found[name], bool)):
+            wanted = "text" if kind is str else "a whole number"
+            raise InputError(f"{path}: {name} is {found[name]!r}; it must be {wanted}, as the run wrote it")
+    return found
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -130,17 +132,23 @@ def _summary(
         for name, values in sorted(curves.items())
         if BY_TIME in name and len(values)
     }
-    found["finite"] = all(row.get("finite", 1) == 1 and row.get("loss") is not None for row in rows)
+    found["finite"] = all(row.get("finite", 1) == 1 and row.get("loss", 0) is not None for row in rows)
     return found
 
 
 def _seconds(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Time spent, over all starts of the run: the clock of each begins at zero."""
+    """Time spent on these lines, over all starts of the run: the clock of each begins at zero.
+
+    Older logs do not mark their starts; there a start shows only by a clock that is behind the one before.
+    """
     total = previous = 0.0
+    start = None
     for row in rows:
-        now = row.get("seconds") or previous
-        total += now - previous if now >= previous else now
-        previous = now
+        if (now := row.get("seconds")) is None:
+            continue
+        goes_on = row.get("start") == start and now >= previous
+        total += now - previous if goes_on else now
+        previous, start = now, row.get("start")
     return total
 
 
@@ -167,8 +175,9 @@ def format_summary(run: Run) -> str:
     }
     if texts := [text.format(found[name]) for name, text in speeds.items() if name in found]:
         line("speed", ", ".join(texts))
-    if "data_wait" in found:
-        line("waiting", f"{found['data_wait']:.1%} of the time for data, {found['host_wait']:.1%} for the host")
+    waits = {"data_wait": "{:.1%} of the time for data", "host_wait": "{:.1%} for the host"}
+    if texts := [text.format(found[name]) for name, text in waits.items() if name in found]:
+        line("waiting", ", ".join(texts))
     if "memory_gb" in found:
         line("memory", f"{found['memory_gb']:.2f} GB at most")
     if "grad_norm" in found:
@@ -201,12 +210,18 @@ def sparkline(values: Iterable[float], width: int = 24) -> str:
 
 def draw_curves(run: Run, path: Path, columns: int = 3) -> Path:
     """Draws every curve of a run into one PNG; the losses by time share a panel. Positive curves that span more than a
-    factor of 30 have a logarithmic axis."""
+    factor of 30 have a logarithmic axis.
+
+    Raises:
+      InputError: the run logged no number that makes a curve, or `path` cannot be written.
+    """
     panels: dict[str, dict[str, np.ndarray]] = {}
     for name, curve in sorted(run.curves.items(), key=lambda item: item[0] != "loss"):  # it comes first
         if name not in NOT_CURVES and len(curve):
             title, _, part = name.partition(BY_TIME)
             panels.setdefault(f"{title} by time" if part else name, {})[part or name] = curve
+    if not panels:
+        raise InputError(f"{run.workdir / METRICS} has no curve to draw: it holds steps without a finite number")
     width, height = PANEL
     rows = math.ceil(len(panels) / columns)
     picture = Image.new("RGB", (width * min(columns, len(panels)), height * rows), "white")
