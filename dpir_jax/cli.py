@@ -618,11 +618,11 @@ def _compiled(arguments: argparse.Namespace) -> Mapping[str, Any]:
         if arguments.sampling:
             return _compile_sampling(recipe, topology, arguments.batch_per_chip)
         if arguments.search:
-            return _search(recipe, topology, arguments.batch_per_chip or 1)
+            return _search(recipe, topology, arguments.batch_per_chip)
         return ahead.compile_for(recipe, topology, arguments.batch_per_chip)
 
 
-def _search(recipe: "Recipe", topology: "Topology", batch_per_chip: int) -> Mapping[str, Any]:
+def _search(recipe: "Recipe", topology: "Topology", batch_per_chip: int | None) -> Mapping[str, Any]:
     from dpir_jax.parallel.compiled import describe
     from dpir_jax.training import ahead
 
@@ -630,7 +630,7 @@ def _search(recipe: "Recipe", topology: "Topology", batch_per_chip: int) -> Mapp
     for result in ahead.search(recipe, topology, batch_per_chip):
         tried.append(result)
         print(describe(result), end="\n\n", flush=True)
-    result = ahead.best(tried) or tried[-1]
+    result = ahead.best(tried) or min(tried, key=lambda each: each["memory_per_chip"]["total"])
     print("best:" if result["fits"] else "nothing fits")
     return result
 

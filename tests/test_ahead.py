@@ -334,8 +334,11 @@ def test_the_best_of_a_search():
     assert ahead.best(reports[3:]) is None
 
 
-def test_a_search_ends_at_the_largest_batch(recipe, monkeypatch):
-    most = {"dp": 0, "zero1": 5, "fsdp": 11, "fsdp_tp": 11}  # images that fit
+@pytest.mark.parametrize("unit", [1, 2])
+def test_a_search_ends_at_the_largest_batch(recipe, monkeypatch, unit):
+    """In whole parts of accumulated gradients."""
+    recipe = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch=8 * unit, accumulate=unit))
+    most = {"dp": 0, "zero1": 5 * unit, "fsdp": 11 * unit, "fsdp_tp": 11 * unit, "fsdp_cp": 0}  # images that fit
     tried = []
 
     def compile_for(recipe, topology, batch):
@@ -354,8 +357,9 @@ def test_a_search_ends_at_the_largest_batch(recipe, monkeypatch):
     reports = list(ahead.search(recipe, parse_topology("v5e-8")))
     doubled = [("dp", 1), *(("zero1", n) for n in (1, 2, 4, 8))]
     doubled += [(name, n) for name in ("fsdp", "fsdp_tp") for n in (1, 2, 4, 8, 16)]
-    assert tried == [*doubled, ("fsdp", 12), ("fsdp", 10), ("fsdp", 11)]
-    assert ahead.best(reports)["batch_per_chip"] == 11
+    wanted = [*doubled, ("fsdp_cp", 1), ("fsdp", 12), ("fsdp", 10), ("fsdp", 11)]
+    assert tried == [(name, n * unit) for name, n in wanted]
+    assert ahead.best(reports)["batch_per_chip"] == 11 * unit
 
 
 def test_the_compilers_effort(monkeypatch):
@@ -401,6 +405,11 @@ def test_a_sampling_step_compiled_for_a_tpu(capsys, tmp_path):
         (["--sampling"], "--sampling needs a --topology"),
         (["--sampling", "--topology", "v5e-8"], "TracedToyTask makes no system that restores photos"),
         (["--topology", "v5e-8", "--batch-per-chip", "0"], "the batch per chip is 0"),
+        (["--search", "--topology", "v5e-8", "--batch-per-chip", "0"], "the batch per chip is 0"),
+        (
+            ["--search", "--topology", "v5e-8", "--batch-per-chip", "3", "--config.accumulate=2"],
+            "the batch per chip is 3, which config.accumulate (2) does not divide",
+        ),
         (["--topology", "v5e-8", "--config.batch=9"], "batch is 9"),
         (["--topology", "v5e-8", "--config.mesh.fsdp=3"], "needs 3 devices"),
     ],

@@ -101,15 +101,23 @@ def with_batch(recipe: Recipe, batch_per_chip: int | None, chips: int, **setting
 # --- searching -------------------------------------------------------------------------------------------------------
 
 
-def search(recipe: Recipe, topology: Topology, batch_per_chip: int = 1) -> Iterator[dict[str, Any]]:
+def search(recipe: Recipe, topology: Topology, batch_per_chip: int | None = None) -> Iterator[dict[str, Any]]:
     """Looks for the best preset and its largest batch; yields each report, of which `best(reports)` is the answer.
 
-    Every candidate of `auto`, a preset with a mesh, is compiled with doubled batches, from `batch_per_chip` on, until
-    one does not fit. Between the last that did and the first that did not, the best one's largest batch is found by
-    bisection.
+    Every candidate of `auto`, a preset with a mesh, and pairs of chips that share their samples' tokens are compiled
+    with doubled batches, from `batch_per_chip` on (None: the least, `accumulate`), until one does not fit. Between the
+    last that did and the first that did not, the best one's largest batch is found by bisection.
+
+    Raises:
+      InputError: `accumulate` does not divide the batch per chip.
     """
-    found = {}
-    for candidate in candidates(topology.chips, batch_per_chip * topology.chips):
+    unit = recipe.train.accumulate
+    batch_per_chip = unit if batch_per_chip is None else batch_per_chip
+    if batch_per_chip % unit:
+        raise InputError(f"the batch per chip is {batch_per_chip}, which config.accumulate ({unit}) does not divide")
+    chips, found = topology.chips, {}
+    pairs = [("fsdp_cp", MeshConfig(data=1, fsdp=chips // 2, context=2))] if chips % 2 == 0 else []
+    for candidate in [*candidates(chips, batch_per_chip * chips), *pairs]:
         found[candidate] = []
         for doubling in range(MOST_DOUBLINGS):
             found[candidate].append(_try(recipe, topology, batch_per_chip * 2**doubling, *candidate))
@@ -120,9 +128,9 @@ def search(recipe: Recipe, topology: Topology, batch_per_chip: int = 1) -> Itera
         return
     candidate, same = next((candidate, same) for candidate, same in found.items() if top in same)
     low = max(each["batch_per_chip"] for each in same if each["fits"])
-    high = min((each["batch_per_chip"] for each in same if not each["fits"]), default=low + 1)
-    while high - low > 1:
-        middle = int(low + high) // 2
+    high = min((each["batch_per_chip"] for each in same if not each["fits"]), default=low + unit)
+    while high - low > unit:
+        middle = int(low + high) // (2 * unit) * unit
         yield (tried := _try(recipe, topology, middle, *candidate))
         low, high = (middle, high) if tried["fits"] else (low, middle)
 
