@@ -114,6 +114,12 @@ def test_splits_and_metadata(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n["b"]\n')
     with pytest.raises(InputError, match="line 2 is no JSON object with a file_name"):
         dpir_photos.read_metadata(tmp_path / "metadata.jsonl")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": null}\n{"file_name": "b", "caption": 5}')
+    with pytest.raises(InputError, match="line 2: caption is 5; it must be text"):
+        dpir_photos.read_metadata(tmp_path / "metadata.jsonl")
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "März.png"}'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"metadata\.jsonl cannot be read as UTF-8 text"):
+        dpir_photos.read_metadata(tmp_path / "metadata.jsonl")
     with pytest.raises(InputError, match="no photos in"):
         dpir_photos.build(tmp_path / "built", tmp_path / "other")
 
@@ -199,6 +205,8 @@ def test_sources_are_mixed_by_weight(built, tmp_path):
         ({"records": ()}, "neither folders nor records"),
         ({"weights": (1.0, 2.0)}, "weights must be 1 positive"),
         ({"weights": (0.0,)}, "weights must be 1 positive"),
+        ({"weights": ("a",)}, "weights must be 1 positive"),
+        ({"weights": (float("inf"),)}, "weights must be 1 positive"),
         ({"embeddings": ("a", "b")}, "embeddings must be 1 folders"),
         ({"by_area": True}, "by_area"),
         ({"central": True}, "central needs"),

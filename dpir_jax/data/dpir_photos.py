@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 METADATA = "metadata.jsonl"
+TEXTS = ("file_name", "caption", "text", "license", "source")  # what is read of it
 KEPT = (b"\xff\xd8\xff", b"\x89PNG\r\n")  # how JPEG and PNG files begin
 
 Example = tuple[str, dict[str, Any]]
@@ -118,17 +119,26 @@ def read_metadata(path: Path) -> dict[str, dict[str, str]]:
     """The objects of a `metadata.jsonl` by file name; none if there is no such file.
 
     Raises:
-      InputError: a line that is no JSON object with a `file_name`.
+      InputError: a file that is not UTF-8 text, a line that is no JSON object with a `file_name`, or a value that is
+        no text.
     """
     if not path.is_file():
         return {}
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
     known = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             facts = json.loads(line)
-            known[facts["file_name"]] = facts
+            name = facts["file_name"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}, line {number} is no JSON object with a file_name") from error
+        for key in TEXTS:
+            if not isinstance(facts.get(key), str | None):
+                raise InputError(f"{path}, line {number}: {key} is {facts[key]!r}; it must be text")
+        known[name] = facts
     return known
 
 

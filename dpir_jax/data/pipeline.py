@@ -97,8 +97,8 @@ class DataConfig:
             ),
             (sources >= 1, "there are neither folders nor records to train on"),
             (
-                len(self.weights) in (0, sources) and all(weight > 0 for weight in self.weights),
-                f"weights must be {sources} positive numbers, one per source, not {self.weights}",
+                len(self.weights) in (0, sources) and all(map(_is_weight, self.weights)),
+                f"weights must be {sources} positive numbers (at most 1e100), one per source, not {self.weights}",
             ),
             (
                 len(self.embeddings) in (0, sources),
@@ -120,6 +120,11 @@ class DataConfig:
         for good, message in checks:
             if not good:
                 raise InputError(f"data: {message}")
+
+
+def _is_weight(value: Any) -> bool:
+    """A number that Grain can scale to integers."""
+    return isinstance(value, int | float) and 1e-100 <= value <= 1e100
 
 
 class Batches:
