@@ -124,6 +124,26 @@ def test_splits_and_metadata(tmp_path):
         dpir_photos.build(tmp_path / "built", tmp_path / "other")
 
 
+def test_what_is_packed_is_not_taken_for_other_photos(tmp_path, capsys):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    Image.fromarray(photo(1)).save(photos / "a.png")
+    pack = ["pack", str(photos), "--out", str(out)]
+    assert [main(pack), main(pack)] == [0, 0]
+    (photos / "a.txt").write_text("a sea")
+    assert main(pack) == 2
+    assert "was packed from other photos, captions or metadata" in capsys.readouterr().err
+    (photos / "a.txt").unlink()
+    assert main(pack) == 0
+    Image.fromarray(photo(2)).save(photos / "b.png")
+    assert main(pack) == 2
+    built = out / "dpir_photos" / "local" / "1.0.0"
+    (built / "packed.json").unlink()  # as data sets were before
+    assert main(pack) == 2
+    assert "does not say what it was packed from" in capsys.readouterr().err
+    assert len(PhotoRecords(built)) == 1
+
+
 def test_wrong_record_files(tmp_path):
     with pytest.raises(InputError, match="no ArrayRecord files in"):
         PhotoRecords(tmp_path)
