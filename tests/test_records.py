@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import logging
+import shutil
 
 import jax
 import ml_dtypes
@@ -114,7 +115,7 @@ def test_splits_and_metadata(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n["b"]\n')
     with pytest.raises(InputError, match="line 2 is no JSON object with a file_name"):
         dpir_photos.read_metadata(tmp_path / "metadata.jsonl")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": null}\n{"file_name": "b", "caption": 5}')
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a", "caption": null}\n{"file_name": "b", "caption": 5}')
     with pytest.raises(InputError, match="line 2: caption is 5; it must be text"):
         dpir_photos.read_metadata(tmp_path / "metadata.jsonl")
     (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "März.png"}'.encode("latin-1"))
@@ -354,11 +355,29 @@ def test_a_folder_needs_no_data_set(collection, model, tmp_path):
 
 
 def test_what_precompute_cannot_do(built, model, tmp_path, capsys):
-    command = ["precompute", str(built), "--model", str(model), "--out", str(tmp_path), "--crop", "32"]
+    out = tmp_path / "out"
+    command = ["precompute", str(built), "--model", str(model), "--out", str(out), "--crop", "32"]
     for extra, words in (
         (["--arrays", "text,smell"], "cannot store smell"),
         (["--form", "int4"], "form is 'int4'"),
         (["--process", "2/2"], "--process is 2/2"),
+        (["--batch", "0"], "batch is 0; it must be at least 1"),
+        (["--batch", "-16"], "batch is -16; it must be at least 1"),
+        (["--arrays", "moments", "--crop", "30"], "crop is 30; moments need a multiple of 4"),
     ):
         assert main([*command, *extra]) == 2
         assert words in capsys.readouterr().err
+    wordless = shutil.copytree(model, tmp_path / "wordless", ignore=shutil.ignore_patterns("tokenizer"))
+    command[3] = str(wordless)
+    assert main(command) == 2
+    assert "no text encoder with a tokenizer" in capsys.readouterr().err
+    (wordless / "tokenizer").mkdir()
+    assert main(command) == 2
+    assert "holds no tokenizer that can be read" in capsys.readouterr().err
+    assert not out.exists()  # so that the right command can follow
+
+
+def test_a_process_without_a_file_of_its_own_may_come_first(built, model, tmp_path, capsys):
+    command = ["precompute", str(built), "--model", str(model), "--out", str(tmp_path), "--crop", "32"]
+    assert main([*command, "--process", "1/2"]) == 0
+    assert "0 files written, 0 found\n" in capsys.readouterr().out
