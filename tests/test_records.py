@@ -191,6 +191,15 @@ def test_batches_of_records_resume_and_are_shared_among_processes(built):
         np.testing.assert_array_equal(batch["hq"], np.concatenate([first["hq"], second["hq"]]))
 
 
+def test_a_sample_fetches_its_record_once(built, monkeypatch):
+    batches = make_dataset(config(built, captions=True)).batches
+    fetched, facts = [], batches.sources[0].facts
+    monkeypatch.setattr(batches.sources[0], "facts", lambda index: fetched.append(index) or facts(index))
+    samples = [batches.sample(number) for number in range(7)]  # an epoch; one photo of it is too small
+    assert "a maple" in [sample["caption"] for sample in samples]
+    assert len(fetched) == 8
+
+
 @pytest.mark.slow
 def test_worker_processes_change_nothing(built, stored):
     text = {"embeddings": (str(stored),), "central": True, "captions": True}

@@ -170,14 +170,13 @@ class Batches:
         config = self.config
         source, place = self._places[number]
         photos = self.sources[source]
-        index, pixels = photos.read(place)
+        index, pixels, caption = photos.read(place)
         crop = self._crop(number, *pixels.shape[:2])
         stored = self.embeddings[source][index] if self.embeddings else {}
-        wanted = config.captions or config.tokenizer is not None
         return {
             "hq": cut(pixels, crop, config.global_crop),
             "box": np.array(crop.box, np.int32),
-            "caption": photos.caption(index) if wanted else "",
+            "caption": caption,
             **stored,
         }
 
