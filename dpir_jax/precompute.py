@@ -134,6 +134,7 @@ def _is_begun(out: Path, meta: Meta) -> bool:
     if there != meta:
         names = [field.name for field in dataclasses.fields(Meta)]
         differing = [name for name in names if getattr(there, name) != getattr(meta, name)]
+        differing = ["set of photos or captions" if name == "fingerprint" else name for name in differing]
         raise InputError(f"{out} was begun with another {', '.join(differing)}; choose another folder")
     return True
 

@@ -355,12 +355,18 @@ def test_embeddings_of_other_photos_or_crops_are_refused(built, stored, collecti
 
 
 def test_a_folder_needs_no_data_set(collection, model, tmp_path):
-    photos = open_photos([collection], 32)
+    folders = tmp_path / "photos", tmp_path / "stored"
+    photos = open_photos([shutil.copytree(collection, folders[0])], 32)
     assert isinstance(photos, PhotoFolder)
-    summary = precompute(photos, model, tmp_path, crop=32, batch=8)
+    summary = precompute(photos, model, folders[1], crop=32, batch=8)
     assert summary.written == 1
-    batch = next(make_dataset(DataConfig((str(collection),), 16, 32, 4, embeddings=(str(tmp_path),))))
-    assert batch["text"].shape == (4, 5, 16)
+    settings = DataConfig((str(folders[0]),), 16, 32, 4, embeddings=(str(folders[1]),))
+    assert next(make_dataset(settings))["text"].shape == (4, 5, 16)
+    (folders[0] / "one" / "p0.txt").write_text("a photo of a sea")
+    with pytest.raises(InputError, match="others by name, size or caption"):
+        make_dataset(settings)
+    with pytest.raises(InputError, match="another set of photos or captions; choose another folder"):
+        precompute(open_photos([folders[0]], 32), model, folders[1], crop=32, batch=8)
 
 
 def test_what_precompute_cannot_do(built, model, tmp_path, capsys):

@@ -103,7 +103,9 @@ class PhotoFolder(Photos):
           InputError: a folder is missing or holds no usable photo.
         """
         super().__init__()
+        folders = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
         self.min_side = min_side
+        self._folders = tuple(map(Path, folders))
         self._cache: dict[int, np.ndarray] = {}
         self._cache_left = cache_mb * 2**20
         found = find_photos(folders)
@@ -124,9 +126,15 @@ class PhotoFolder(Photos):
         return self.captions[index] if self.captions else ""
 
     def fingerprint(self) -> str:
-        """A checksum of the photos' names and sizes."""
-        listed = [(path.name, *size) for path, size in zip(self.paths, self.sizes.tolist())]
+        """A checksum of the photos' places in their folders, sizes in bytes and captions, read or not until now."""
+        captions = self.captions or map(self._read_caption, self.paths)
+        listed = [(self._name(path), path.stat().st_size, text) for path, text in zip(self.paths, captions)]
         return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+
+    def _name(self, path: Path) -> str:
+        """A photo's path below the folder that it was found in."""
+        parents = (folder for folder in self._folders if folder in path.parents)
+        return path.relative_to(next(parents, path.parent)).as_posix()
 
     def _key(self, index: int) -> Path:
         return self.paths[index]

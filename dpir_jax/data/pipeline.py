@@ -313,7 +313,8 @@ def _check_embeddings(photos: Photos, stored: Embeddings, config: DataConfig) ->
     if (meta.photos, meta.fingerprint) != (len(photos), photos.fingerprint()):
         raise InputError(
             f"data: {stored.folder} was computed from other photos ({meta.photos}, now {len(photos)}, or others by "
-            "name or size); run `dpir precompute` for these"
+            "name, size or caption), or by a version that did not compare these; run `dpir precompute` again, into "
+            "another folder"
         )
     cropped = set(meta.arrays) - {"text"}
     if cropped and not (config.central and config.global_crop == meta.crop):
