@@ -35,7 +35,6 @@ from dpir_jax.parallel.sharding import put_batch, replicated
 from dpir_jax.systems.dpir_folder import abstract_dpir
 from dpir_jax.systems.tokenizers import t5_ids
 
-NETWORKS = {"text": "t5", "moments": "autoencoder", "clip_tokens": "clip_tokens", "clip_embed": "clip_embed"}
 Progress = Callable[[int], None]
 
 
@@ -116,7 +115,8 @@ def precompute(
     if left:
         compute = _compiled(model, config, meta, batch)
         if not _is_begun(out, meta):  # asked again: making the networks takes long, and others may have begun
-            write_json(out / "meta.json", dataclasses.asdict(meta))
+            weights = {name: model_folder.sample_weights(model, name) for name in sorted(meta.networks)}
+            write_json(out / "meta.json", dataclasses.asdict(dataclasses.replace(meta, weights=weights)))
         for number in left:
             _make(photos, compute, out, meta, number, batch, progress)
     there = [number for number in range(meta.shards) if _is_there(out, meta, number)]
@@ -132,7 +132,7 @@ def _is_begun(out: Path, meta: Meta) -> bool:
         return False
     there = Meta.read(out)
     if there != meta:
-        names = [field.name for field in dataclasses.fields(Meta)]
+        names = [field.name for field in dataclasses.fields(Meta) if field.compare]
         differing = [name for name in names if getattr(there, name) != getattr(meta, name)]
         differing = ["set of photos or captions" if name == "fingerprint" else name for name in differing]
         raise InputError(f"{out} was begun with another {', '.join(differing)}; choose another folder")
@@ -164,10 +164,9 @@ def _compiled(model: Path, config: Mapping[str, Any], meta: Meta, batch: int) ->
         t5_ids([""], model / "tokenizer", dpir.config.text_tokens)  # a damaged tokenizer says so before work begins
     if "moments" in meta.arrays and meta.crop % dpir.config.latent_factor:
         raise InputError(f"crop is {meta.crop}; moments need a multiple of {dpir.config.latent_factor}")
-    names = {NETWORKS[name] for name in meta.arrays}
-    for name in names:
+    for name in meta.networks:
         setattr(dpir, name, model_folder.load_network(model, name, getattr(dpir, name)))
-    networks = jax.device_put({name: getattr(dpir, name) for name in names}, replicated(mesh))
+    networks = jax.device_put({name: getattr(dpir, name) for name in meta.networks}, replicated(mesh))
 
     sizes = tuple((name, getattr(dpir.config, name).image_size) for name in meta.arrays if name.startswith("clip"))
 

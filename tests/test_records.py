@@ -7,6 +7,7 @@ import logging
 import shutil
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -22,13 +23,16 @@ from dpir_jax.data.photos import PhotoFolder
 from dpir_jax.data.pipeline import DataConfig, make_dataset
 from dpir_jax.data.records import PhotoRecords, parse_example
 from dpir_jax.errors import InputError
-from dpir_jax.files import read_json
+from dpir_jax.files import read_json, write_json
 from dpir_jax.models.attention import use_attention_backend
 from dpir_jax.models.layers import Keys
 from dpir_jax.precompute import open_photos, precompute
 from dpir_jax.systems.dpir import DPIR, DPIRConfig
 from dpir_jax.systems.dpir_folder import read_dpir, save_dpir
 from dpir_jax.systems.tokenizers import t5_ids
+from dpir_jax.training.config import Recipe
+from dpir_jax.training.dpir_tasks import DiTTask
+from dpir_jax.training.loop import train
 from tests.networks import quick_jit, random_network
 
 WORDS = ("a", "rough", "sea", "maple", "photo", "of")
@@ -352,6 +356,43 @@ def test_embeddings_of_other_photos_or_crops_are_refused(built, stored, collecti
         make_dataset(
             DataConfig((str(collection),), 32, 32, 4, central=True, embeddings=(str(stored),))  # the folder, unbuilt
         )
+
+
+def recipe(built, stored, init_from, **task):
+    data = {"folders": (), "records": (str(built),), "embeddings": (str(stored),), "central": True, "flips": False}
+    return Recipe.from_json(
+        {
+            **{"steps": 1, "batch": 8, "learning_rate": 1e-4, "data": data | {"local_crop": 32, "global_crop": 32}},
+            "task_type": "dpir_jax.training.dpir_tasks:DiTTask",
+            "task": {"system": "tiny", "local_crop": 32, "init_from": str(init_from), **task},
+        }
+    )
+
+
+@pytest.mark.parametrize(("task", "name"), [({"text": "stored"}, "t5"), ({"stored_latents": True}, "autoencoder")])
+def test_training_refuses_what_another_network_made(built, model, stored, tmp_path, task, name):
+    dpir = random_network(lambda: DPIR(DPIRConfig.tiny(), rngs=Keys(0)))  # the model's
+    half = save_dpir(tmp_path / "half", dpir, description="tiny", restore={}, dtype=jnp.float16)
+    setattr(dpir, name, random_network(lambda: getattr(DPIR(DPIRConfig.tiny(), rngs=Keys(0)), name), seed=1))
+    other = save_dpir(tmp_path / "other", dpir, description="tiny", restore={})
+    with pytest.raises(InputError, match=f"by another {name} than that of task.init_from, .*other; run"):
+        train(recipe(built, stored, other, **task), tmp_path / "run", progress=False)
+    read = [Embeddings(stored)]
+    for folder in (model, half):  # the same, and the same in another precision
+        DiTTask.from_config({"system": "tiny", "init_from": str(folder), **task}).check_embeddings(read)
+    DiTTask.from_config({"system": "tiny", "init_from": str(other)}).check_embeddings(read)  # it reads neither
+    (other / f"{name}.safetensors").unlink()  # a stage-1 folder has no T5 to compare with
+    DiTTask.from_config({"system": "tiny", "init_from": str(other), **task}).check_embeddings(read)
+
+
+def test_arrays_of_a_version_that_noted_no_weights_can_be_read(stored, tmp_path, model):
+    old = shutil.copytree(stored, tmp_path / "old")
+    meta = read_json(old / "meta.json")
+    assert set(meta.pop("weights")) == {"t5", "autoencoder", "clip_tokens", "clip_embed"}
+    write_json(old / "meta.json", meta)
+    assert Embeddings(old)[0].keys() == Embeddings(stored)[0].keys()
+    task = DiTTask.from_config({"system": "tiny", "init_from": str(model), "text": "stored"})
+    task.check_embeddings([Embeddings(old)])
 
 
 def test_a_folder_needs_no_data_set(collection, model, tmp_path):

@@ -248,6 +248,11 @@ class BatchIterator(Iterator[dict[str, Any]]):
             batch = {name: value if name == "caption" else np.array(value) for name, value in batch.items()}
         return batch
 
+    @property
+    def embeddings(self) -> tuple[Embeddings, ...]:
+        """What is read beside the photos."""
+        return self.batches.embeddings
+
     def get_state(self) -> dict[str, int]:
         """The position, ready for JSON: the step of the next batch."""
         return {"step": self._step}
