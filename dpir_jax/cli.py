@@ -549,7 +549,8 @@ def _precompute(arguments: argparse.Namespace) -> int:
     with tqdm(total=len(photos), unit="photo", disable=None) as bar:
         processes = {"process_index": int(index), "process_count": int(count)}
         summary = precompute(photos, **settings, **processes, progress=bar.update)
-    print(f"{summary.written} files written, {summary.found} found, {summary.bytes_per_photo / 1e3:.1f} kB a photo")
+    size = "" if summary.bytes_per_photo is None else f", {summary.bytes_per_photo / 1e3:.1f} kB a photo"
+    print(f"{summary.written} files written, {summary.found} found{size}")
     if summary.relative_error is not None:
         print(f"the stored text is within {summary.relative_error:.2%} of the computed one (RMS)")
     return 0

@@ -10,7 +10,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
@@ -199,9 +199,37 @@ def count_numbers(folder: str | os.PathLike, name: str) -> int:
     Raises:
       InputError: the file is missing or damaged.
     """
+    with _readable(folder, name) as path:
+        return sum(math.prod(place.shape) for place in _places(path).values())
+
+
+def sample_weights(folder: str | os.PathLike, name: str) -> list[float]:
+    """Four numbers of each of the 16 largest arrays of `NAME.safetensors`: enough for `has_weights` to know it by.
+
+    Raises:
+      InputError: the file is missing or damaged.
+    """
+    found: list[float] = []
+    with _readable(folder, name) as path:
+        sized = sorted((-math.prod(place.shape), key, place) for key, place in _places(path).items())
+        for size, _, place in sized[:16]:
+            numbers = np.memmap(path, place.dtype, "r", place.start, (-size,))
+            found += np.nan_to_num(numbers[np.linspace(0, -size - 1, 4).astype(int)].astype(np.float64)).tolist()
+    return found
+
+
+def has_weights(folder: str | os.PathLike, name: str, sample: Sequence[float]) -> bool:
+    """Whether a network is the one of `sample_weights`, in whatever precision either was stored."""
+    found = sample_weights(folder, name)
+    return len(found) == len(sample) and np.allclose(found, sample, rtol=2**-7, atol=1e-7)  # bfloat16, float16
+
+
+@contextlib.contextmanager
+def _readable(folder: str | os.PathLike, name: str) -> Iterator[Path]:
+    """The path of a network's file; what goes wrong with it becomes an `InputError`."""
     path = Path(folder) / f"{name}.safetensors"
     try:
-        return sum(math.prod(place.shape) for place in _places(path).values())
+        yield path
     except FileNotFoundError as error:
         raise InputError(f"the model folder {folder} has no {path.name}") from error
     except (OSError, KeyError, SafetensorError) as error:

@@ -35,7 +35,6 @@ from dpir_jax.parallel.sharding import put_batch, replicated
 from dpir_jax.systems.dpir_folder import abstract_dpir
 from dpir_jax.systems.tokenizers import t5_ids
 
-NETWORKS = {"text": "t5", "moments": "autoencoder", "clip_tokens": "clip_tokens", "clip_embed": "clip_embed"}
 Progress = Callable[[int], None]
 
 
@@ -45,7 +44,7 @@ class Summary:
 
     Attributes:
       written, found: files made by this call, and those that were there.
-      bytes_per_photo: on disk, mean over all files.
+      bytes_per_photo: on disk, mean over all files; None while there is none.
       relative_error: RMS of what storing changed in the text, over its RMS; None without text, or while other processes
         still write.
     """
@@ -53,7 +52,7 @@ class Summary:
     folder: Path
     written: int
     found: int
-    bytes_per_photo: float
+    bytes_per_photo: float | None
     relative_error: float | None
 
 
@@ -99,38 +98,45 @@ def precompute(
       progress: called with the number of photos that were done since.
 
     Raises:
-      InputError: a model without what is asked for, a batch that the devices do not divide, or a folder that holds
-        other arrays.
+      InputError: a model without what is asked for, a batch that is not positive or that the devices do not divide, a
+        crop that does not fit the latent, or a folder that was begun with other settings. None of them leaves anything
+        in `out`.
     """
     out, model = Path(out), Path(model)
+    if batch < 1:
+        raise InputError(f"batch is {batch}; it must be at least 1")
     config = model_folder.read_config(model)
     model_sum = sha256(model / "manifest.json")
     meta = Meta(len(photos), photos.fingerprint(), model_sum, tuple(arrays), form, crop, shard)
-    _claim(out, meta)
+    _is_begun(out, meta)
     mine = range(process_index, meta.shards, process_count)
     left = [number for number in mine if not _is_there(out, meta, number)]
     progress(sum(len(meta.numbers(number)) for number in mine if number not in left))
     if left:
         compute = _compiled(model, config, meta, batch)
+        if not _is_begun(out, meta):  # asked again: making the networks takes long, and others may have begun
+            weights = {name: model_folder.sample_weights(model, name) for name in sorted(meta.networks)}
+            write_json(out / "meta.json", dataclasses.asdict(dataclasses.replace(meta, weights=weights)))
         for number in left:
             _make(photos, compute, out, meta, number, batch, progress)
     there = [number for number in range(meta.shards) if _is_there(out, meta, number)]
     size = sum(meta.path(out, number).stat().st_size for number in there)
     count = sum(len(meta.numbers(number)) for number in there)
     error = Embeddings(out).relative_error() if len(there) == meta.shards else None
-    return Summary(out, len(left), len(mine) - len(left), size / count, error)
+    return Summary(out, len(left), len(mine) - len(left), size / count if count else None, error)
 
 
-def _claim(out: Path, meta: Meta) -> None:
-    """Writes `meta.json`, or finds the same one there."""
+def _is_begun(out: Path, meta: Meta) -> bool:
+    """Whether `meta.json` is there; `InputError` if it is another one."""
     if not (out / "meta.json").is_file():
-        write_json(out / "meta.json", dataclasses.asdict(meta))
-        return
+        return False
     there = Meta.read(out)
     if there != meta:
-        names = [field.name for field in dataclasses.fields(Meta)]
+        names = [field.name for field in dataclasses.fields(Meta) if field.compare]
         differing = [name for name in names if getattr(there, name) != getattr(meta, name)]
-        raise InputError(f"{out} holds arrays with another {', '.join(differing)}; choose another folder")
+        differing = ["set of photos or captions" if name == "fingerprint" else name for name in differing]
+        raise InputError(f"{out} was begun with another {', '.join(differing)}; choose another folder")
+    return True
 
 
 def _facts(out: Path, meta: Meta, number: int) -> Path:
@@ -154,10 +160,13 @@ def _compiled(model: Path, config: Mapping[str, Any], meta: Meta, batch: int) ->
     dpir = abstract_dpir(model, config, precision, text="text" in meta.arrays)
     if "text" in meta.arrays and (dpir.config.t5 is None or not (model / "tokenizer").is_dir()):
         raise InputError(f"{model} has no text encoder with a tokenizer, so there is no text to store")
-    names = {NETWORKS[name] for name in meta.arrays}
-    for name in names:
+    if "text" in meta.arrays:
+        t5_ids([""], model / "tokenizer", dpir.config.text_tokens)  # a damaged tokenizer says so before work begins
+    if "moments" in meta.arrays and meta.crop % dpir.config.latent_factor:
+        raise InputError(f"crop is {meta.crop}; moments need a multiple of {dpir.config.latent_factor}")
+    for name in meta.networks:
         setattr(dpir, name, model_folder.load_network(model, name, getattr(dpir, name)))
-    networks = jax.device_put({name: getattr(dpir, name) for name in names}, replicated(mesh))
+    networks = jax.device_put({name: getattr(dpir, name) for name in meta.networks}, replicated(mesh))
 
     sizes = tuple((name, getattr(dpir.config, name).image_size) for name in meta.arrays if name.startswith("clip"))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shutil
 import time
 
 import numpy as np
@@ -210,6 +211,25 @@ def test_captions(folder, config, caplog):
     assert captions == {0: "ein Garten im März", 1: "", 2: "", 3: "", 4: ""}
     assert "photo1.txt is not UTF-8 text" in caplog.text
     assert "caption" not in next(make_dataset(dataclasses.replace(config, captions=False)))
+
+
+def test_a_fingerprint_tells_folders_with_the_same_names_apart(folder, tmp_path_factory):
+    def found(photos, **options):
+        return PhotoFolder(photos, **options).fingerprint()
+
+    first = found(folder)
+    copy = tmp_path_factory.mktemp("copy") / "photos"
+    shutil.copytree(folder, copy)
+    assert found(copy) == found([str(copy)], captions=True) == first  # wherever the folder lies
+    (copy / "photo0.txt").write_text("a garden")
+    assert found(copy) == found(copy, captions=True) != first
+    (copy / "photo0.txt").unlink()
+    noise = np.random.default_rng(0).integers(0, 256, (*SIZES[1], 3), np.uint8)
+    Image.fromarray(noise).save(copy / "photo1.png")  # of the same size in pixels
+    assert found(copy) != first
+    moved = tmp_path_factory.mktemp("moved")
+    shutil.copytree(folder, moved / "one")
+    assert found(moved) != first
 
 
 def test_cache_keeps_to_its_budget(folder):

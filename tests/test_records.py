@@ -4,8 +4,10 @@ import dataclasses
 import io
 import json
 import logging
+import shutil
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -21,13 +23,16 @@ from dpir_jax.data.photos import PhotoFolder
 from dpir_jax.data.pipeline import DataConfig, make_dataset
 from dpir_jax.data.records import PhotoRecords, parse_example
 from dpir_jax.errors import InputError
-from dpir_jax.files import read_json
+from dpir_jax.files import read_json, write_json
 from dpir_jax.models.attention import use_attention_backend
 from dpir_jax.models.layers import Keys
 from dpir_jax.precompute import open_photos, precompute
 from dpir_jax.systems.dpir import DPIR, DPIRConfig
 from dpir_jax.systems.dpir_folder import read_dpir, save_dpir
 from dpir_jax.systems.tokenizers import t5_ids
+from dpir_jax.training.config import Recipe
+from dpir_jax.training.dpir_tasks import DiTTask
+from dpir_jax.training.loop import train
 from tests.networks import quick_jit, random_network
 
 WORDS = ("a", "rough", "sea", "maple", "photo", "of")
@@ -114,8 +119,34 @@ def test_splits_and_metadata(tmp_path):
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n["b"]\n')
     with pytest.raises(InputError, match="line 2 is no JSON object with a file_name"):
         dpir_photos.read_metadata(tmp_path / "metadata.jsonl")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a", "caption": null}\n{"file_name": "b", "caption": 5}')
+    with pytest.raises(InputError, match="line 2: caption is 5; it must be text"):
+        dpir_photos.read_metadata(tmp_path / "metadata.jsonl")
+    (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "März.png"}'.encode("latin-1"))
+    with pytest.raises(InputError, match=r"metadata\.jsonl cannot be read as UTF-8 text"):
+        dpir_photos.read_metadata(tmp_path / "metadata.jsonl")
     with pytest.raises(InputError, match="no photos in"):
         dpir_photos.build(tmp_path / "built", tmp_path / "other")
+
+
+def test_what_is_packed_is_not_taken_for_other_photos(tmp_path, capsys):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    photos.mkdir()
+    Image.fromarray(photo(1)).save(photos / "a.png")
+    pack = ["pack", str(photos), "--out", str(out)]
+    assert [main(pack), main(pack)] == [0, 0]
+    (photos / "a.txt").write_text("a sea")
+    assert main(pack) == 2
+    assert "was packed from other photos, captions or metadata" in capsys.readouterr().err
+    (photos / "a.txt").unlink()
+    assert main(pack) == 0
+    Image.fromarray(photo(2)).save(photos / "b.png")
+    assert main(pack) == 2
+    built = out / "dpir_photos" / "local" / "1.0.0"
+    (built / "packed.json").unlink()  # as data sets were before
+    assert main(pack) == 2
+    assert "does not say what it was packed from" in capsys.readouterr().err
+    assert len(PhotoRecords(built)) == 1
 
 
 def test_wrong_record_files(tmp_path):
@@ -165,6 +196,15 @@ def test_batches_of_records_resume_and_are_shared_among_processes(built):
         np.testing.assert_array_equal(batch["hq"], np.concatenate([first["hq"], second["hq"]]))
 
 
+def test_a_sample_fetches_its_record_once(built, monkeypatch):
+    batches = make_dataset(config(built, captions=True)).batches
+    fetched, facts = [], batches.sources[0].facts
+    monkeypatch.setattr(batches.sources[0], "facts", lambda index: fetched.append(index) or facts(index))
+    samples = [batches.sample(number) for number in range(7)]  # an epoch; one photo of it is too small
+    assert "a maple" in [sample["caption"] for sample in samples]
+    assert len(fetched) == 8
+
+
 @pytest.mark.slow
 def test_worker_processes_change_nothing(built, stored):
     text = {"embeddings": (str(stored),), "central": True, "captions": True}
@@ -200,6 +240,8 @@ def test_sources_are_mixed_by_weight(built, tmp_path):
         ({"records": ()}, "neither folders nor records"),
         ({"weights": (1.0, 2.0)}, "weights must be 1 positive"),
         ({"weights": (0.0,)}, "weights must be 1 positive"),
+        ({"weights": ("a",)}, "weights must be 1 positive"),
+        ({"weights": (float("inf"),)}, "weights must be 1 positive"),
         ({"embeddings": ("a", "b")}, "embeddings must be 1 folders"),
         ({"by_area": True}, "by_area"),
         ({"central": True}, "central needs"),
@@ -317,21 +359,82 @@ def test_embeddings_of_other_photos_or_crops_are_refused(built, stored, collecti
         )
 
 
+def recipe(built, stored, init_from, **task):
+    data = {"folders": (), "records": (str(built),), "embeddings": (str(stored),), "central": True, "flips": False}
+    return Recipe.from_json(
+        {
+            **{"steps": 1, "batch": 8, "learning_rate": 1e-4, "data": data | {"local_crop": 32, "global_crop": 32}},
+            "task_type": "dpir_jax.training.dpir_tasks:DiTTask",
+            "task": {"system": "tiny", "local_crop": 32, "init_from": str(init_from), **task},
+        }
+    )
+
+
+@pytest.mark.parametrize(("task", "name"), [({"text": "stored"}, "t5"), ({"stored_latents": True}, "autoencoder")])
+def test_training_refuses_what_another_network_made(built, model, stored, tmp_path, task, name):
+    dpir = random_network(lambda: DPIR(DPIRConfig.tiny(), rngs=Keys(0)))  # the model's
+    half = save_dpir(tmp_path / "half", dpir, description="tiny", restore={}, dtype=jnp.float16)
+    setattr(dpir, name, random_network(lambda: getattr(DPIR(DPIRConfig.tiny(), rngs=Keys(0)), name), seed=1))
+    other = save_dpir(tmp_path / "other", dpir, description="tiny", restore={})
+    with pytest.raises(InputError, match=f"by another {name} than that of task.init_from, .*other; run"):
+        train(recipe(built, stored, other, **task), tmp_path / "run", progress=False)
+    read = [Embeddings(stored)]
+    for folder in (model, half):  # the same, and the same in another precision
+        DiTTask.from_config({"system": "tiny", "init_from": str(folder), **task}).check_embeddings(read)
+    DiTTask.from_config({"system": "tiny", "init_from": str(other)}).check_embeddings(read)  # it reads neither
+    (other / f"{name}.safetensors").unlink()  # a stage-1 folder has no T5 to compare with
+    DiTTask.from_config({"system": "tiny", "init_from": str(other), **task}).check_embeddings(read)
+
+
+def test_arrays_of_a_version_that_noted_no_weights_can_be_read(stored, tmp_path, model):
+    old = shutil.copytree(stored, tmp_path / "old")
+    meta = read_json(old / "meta.json")
+    assert set(meta.pop("weights")) == {"t5", "autoencoder", "clip_tokens", "clip_embed"}
+    write_json(old / "meta.json", meta)
+    assert Embeddings(old)[0].keys() == Embeddings(stored)[0].keys()
+    task = DiTTask.from_config({"system": "tiny", "init_from": str(model), "text": "stored"})
+    task.check_embeddings([Embeddings(old)])
+
+
 def test_a_folder_needs_no_data_set(collection, model, tmp_path):
-    photos = open_photos([collection], 32)
+    folders = tmp_path / "photos", tmp_path / "stored"
+    photos = open_photos([shutil.copytree(collection, folders[0])], 32)
     assert isinstance(photos, PhotoFolder)
-    summary = precompute(photos, model, tmp_path, crop=32, batch=8)
+    summary = precompute(photos, model, folders[1], crop=32, batch=8)
     assert summary.written == 1
-    batch = next(make_dataset(DataConfig((str(collection),), 16, 32, 4, embeddings=(str(tmp_path),))))
-    assert batch["text"].shape == (4, 5, 16)
+    settings = DataConfig((str(folders[0]),), 16, 32, 4, embeddings=(str(folders[1]),))
+    assert next(make_dataset(settings))["text"].shape == (4, 5, 16)
+    (folders[0] / "one" / "p0.txt").write_text("a photo of a sea")
+    with pytest.raises(InputError, match="others by name, size or caption"):
+        make_dataset(settings)
+    with pytest.raises(InputError, match="another set of photos or captions; choose another folder"):
+        precompute(open_photos([folders[0]], 32), model, folders[1], crop=32, batch=8)
 
 
 def test_what_precompute_cannot_do(built, model, tmp_path, capsys):
-    command = ["precompute", str(built), "--model", str(model), "--out", str(tmp_path), "--crop", "32"]
+    out = tmp_path / "out"
+    command = ["precompute", str(built), "--model", str(model), "--out", str(out), "--crop", "32"]
     for extra, words in (
         (["--arrays", "text,smell"], "cannot store smell"),
         (["--form", "int4"], "form is 'int4'"),
         (["--process", "2/2"], "--process is 2/2"),
+        (["--batch", "0"], "batch is 0; it must be at least 1"),
+        (["--batch", "-16"], "batch is -16; it must be at least 1"),
+        (["--arrays", "moments", "--crop", "30"], "crop is 30; moments need a multiple of 4"),
     ):
         assert main([*command, *extra]) == 2
         assert words in capsys.readouterr().err
+    wordless = shutil.copytree(model, tmp_path / "wordless", ignore=shutil.ignore_patterns("tokenizer"))
+    command[3] = str(wordless)
+    assert main(command) == 2
+    assert "no text encoder with a tokenizer" in capsys.readouterr().err
+    (wordless / "tokenizer").mkdir()
+    assert main(command) == 2
+    assert "holds no tokenizer that can be read" in capsys.readouterr().err
+    assert not out.exists()  # so that the right command can follow
+
+
+def test_a_process_without_a_file_of_its_own_may_come_first(built, model, tmp_path, capsys):
+    command = ["precompute", str(built), "--model", str(model), "--out", str(tmp_path), "--crop", "32"]
+    assert main([*command, "--process", "1/2"]) == 0
+    assert "0 files written, 0 found\n" in capsys.readouterr().out

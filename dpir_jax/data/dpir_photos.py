@@ -17,6 +17,7 @@ Only this module imports tensorflow-datasets (extra [tfds]). Neither `build` nor
 command `tfds build` does.
 """
 
+import hashlib
 import io
 import json
 import logging
@@ -29,12 +30,15 @@ import tensorflow_datasets as tfds
 from PIL import Image
 
 from dpir_jax.errors import InputError
+from dpir_jax.files import read_json, write_json
 from dpir_jax.images import SUFFIXES, decode_pixels
 
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "validation", "test")
 METADATA = "metadata.jsonl"
+TEXTS = ("file_name", "caption", "text", "license", "source")  # what is read of it
+PACKED = "packed.json"  # in a data set's folder: the checksum of what it was packed from
 KEPT = (b"\xff\xd8\xff", b"\x89PNG\r\n")  # how JPEG and PNG files begin
 
 Example = tuple[str, dict[str, Any]]
@@ -66,8 +70,7 @@ class DpirPhotos(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-        root = Path(dl_manager.manual_dir)
-        found = {name: root / name for name in SPLITS if (root / name).is_dir()} or {"train": root}
+        found = splits(Path(dl_manager.manual_dir))
         return {name: self._generate_examples(folder) for name, folder in found.items()}
 
     def _generate_examples(self, root: Path) -> Any:
@@ -76,6 +79,28 @@ class DpirPhotos(tfds.core.GeneratorBasedBuilder):
         beam = tfds.core.lazy_imports.apache_beam
         folders = list(map(str, photo_folders(root)))
         return beam.Create(folders) | beam.Reshuffle() | beam.FlatMap(lambda folder: folder_examples(root, folder))
+
+
+def splits(root: Path) -> dict[str, Path]:
+    """The folder of each split."""
+    return {name: root / name for name in SPLITS if (root / name).is_dir()} or {"train": root}
+
+
+def source_checksum(root: str | Path) -> str:
+    """A checksum of a folder of photos: names, sizes in bytes, captions and metadata. No photo is read for it.
+
+    Raises:
+      InputError: a split without a photo, or metadata that cannot be read.
+    """
+    found = hashlib.sha256()
+    for folder in (folder for split in splits(Path(root)).values() for folder in photo_folders(split)):
+        facts = read_metadata(folder / METADATA)
+        found.update(repr((folder.relative_to(root).as_posix(), sorted(facts.items()))).encode())
+        for path in sorted(filter(_is_photo, folder.iterdir())):
+            caption = path.with_suffix(".txt")
+            text = caption.read_bytes() if caption.is_file() else None
+            found.update(repr((path.name, path.stat().st_size, text)).encode())
+    return found.hexdigest()
 
 
 def all_examples(root: Path) -> Iterator[Example]:
@@ -118,17 +143,26 @@ def read_metadata(path: Path) -> dict[str, dict[str, str]]:
     """The objects of a `metadata.jsonl` by file name; none if there is no such file.
 
     Raises:
-      InputError: a line that is no JSON object with a `file_name`.
+      InputError: a file that is not UTF-8 text, a line that is no JSON object with a `file_name`, or a value that is
+        no text.
     """
     if not path.is_file():
         return {}
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
     known = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         try:
             facts = json.loads(line)
-            known[facts["file_name"]] = facts
+            name = facts["file_name"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}, line {number} is no JSON object with a file_name") from error
+        for key in TEXTS:
+            if not isinstance(facts.get(key), str | None):
+                raise InputError(f"{path}, line {number}: {key} is {facts[key]!r}; it must be text")
+        known[name] = facts
     return known
 
 
@@ -160,7 +194,7 @@ def _caption_beside(path: Path) -> str:
 def build(photos: str | Path, out: str | Path, *, beam: Sequence[str] | None = None) -> Path:
     """Builds the data set of a folder of photos; returns the folder of its ArrayRecord files.
 
-    What is built already is left as it is.
+    What is built already is left as it is, provided that it was built from the same photos.
 
     Args:
       photos: the folder.
@@ -168,9 +202,10 @@ def build(photos: str | Path, out: str | Path, *, beam: Sequence[str] | None = N
       beam: flags of a Beam pipeline, e.g. `["--runner=DirectRunner"]`; None: this process builds alone.
 
     Raises:
-      InputError: no photo, metadata that cannot be read, or Beam is wanted and not installed.
+      InputError: no photo, metadata that cannot be read, a data set of other photos is there, or Beam is wanted and
+        not installed.
     """
-    photo_folders(photos)
+    checksum = source_checksum(photos)  # finds mistakes in the metadata before hours of work
     settings = {}
     if beam is not None:
         try:
@@ -181,6 +216,26 @@ def build(photos: str | Path, out: str | Path, *, beam: Sequence[str] | None = N
             ) from error
         settings["beam_options"] = PipelineOptions(list(beam))
     builder = DpirPhotos(config="local" if beam is None else "beam", data_dir=out, file_format="array_record")
+    built = Path(builder.data_path)
+    if built.exists():
+        _check_source(built, photos, checksum)
+        return built
     download = tfds.download.DownloadConfig(manual_dir=Path(photos).absolute(), **settings)
     builder.download_and_prepare(download_config=download)
-    return Path(builder.data_path)
+    write_json(built / PACKED, {"source": checksum})
+    return built
+
+
+def _check_source(built: Path, photos: str | Path, checksum: str) -> None:
+    """`InputError` unless the data set was built from these photos."""
+    if not (built / PACKED).is_file():
+        raise InputError(
+            f"{built} does not say what it was packed from (it has no {PACKED}); train on it as it is, or choose "
+            f"another --out for {photos}"
+        )
+    noted = read_json(built / PACKED)
+    if noted != {"source": checksum}:
+        raise InputError(
+            f"{built} was packed from other photos, captions or metadata than {photos} has now; choose another --out, "
+            "or remove it to pack again"
+        )

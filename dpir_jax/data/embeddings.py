@@ -29,7 +29,8 @@ from dpir_jax.errors import InputError
 from dpir_jax.files import atomic_path, read_json
 
 FORMS = ("bfloat16", "int8")
-ARRAYS = ("text", "moments", "clip_tokens", "clip_embed")
+NETWORKS = {"text": "t5", "moments": "autoencoder", "clip_tokens": "clip_tokens", "clip_embed": "clip_embed"}
+ARRAYS = tuple(NETWORKS)  # and by which network of a model folder each is made
 SCALE, BITS = "text_scale", "text_bits"
 
 
@@ -45,6 +46,7 @@ class Meta:
       form: of the text.
       crop: side of the central crop in pixels.
       shard: photos per file.
+      weights: of each network that took part, `model_folder.sample_weights`; empty where an older version stored.
     """
 
     photos: int
@@ -54,6 +56,7 @@ class Meta:
     form: str = "int8"
     crop: int = 512
     shard: int = 1024
+    weights: Mapping[str, list[float]] = dataclasses.field(default_factory=dict, compare=False)  # told by `model`
 
     def __post_init__(self) -> None:
         """Raises `InputError` for a value that makes no sense."""
@@ -69,6 +72,11 @@ class Meta:
     def shards(self) -> int:
         """Number of files."""
         return math.ceil(self.photos / self.shard)
+
+    @property
+    def networks(self) -> set[str]:
+        """The networks that make the arrays."""
+        return {NETWORKS[name] for name in self.arrays}
 
     def numbers(self, shard: int) -> range:
         """The photos of a file."""

@@ -41,8 +41,8 @@ class Photos(abc.ABC):
         """A checksum that tells this collection, in this order, from another one. No pixel is read for it."""
 
     @abc.abstractmethod
-    def _decode(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
-        """The pixels of a photo; `InputError` if it cannot be used."""
+    def _decode(self, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
+        """Pixels and caption of a photo; `InputError` if it cannot be used."""
 
     def _key(self, index: int) -> Hashable:
         """A photo's key in `problems`."""
@@ -52,8 +52,8 @@ class Photos(abc.ABC):
         """The pixels of photo `index`, or of its stand-in."""
         return self.read(index)[1]
 
-    def read(self, index: int) -> tuple[int, UInt8[np.ndarray, "H W 3"]]:
-        """(`index`, pixels), or number and pixels of the photo that stands in for one that cannot be used.
+    def read(self, index: int) -> tuple[int, UInt8[np.ndarray, "H W 3"], str]:
+        """(`index`, pixels, caption), or those of the photo that stands in for one that cannot be used.
 
         Raises:
           InputError: not one photo can be used.
@@ -62,7 +62,7 @@ class Photos(abc.ABC):
             if self._key(candidate) in self.problems:
                 continue
             try:
-                return candidate, self._decode(candidate)
+                return candidate, *self._decode(candidate)
             except InputError as error:
                 self.problems[self._key(candidate)] = str(error)
                 log.warning("passed over: %s", error)
@@ -103,7 +103,9 @@ class PhotoFolder(Photos):
           InputError: a folder is missing or holds no usable photo.
         """
         super().__init__()
+        folders = [folders] if isinstance(folders, str | os.PathLike) else list(folders)
         self.min_side = min_side
+        self._folders = tuple(map(Path, folders))
         self._cache: dict[int, np.ndarray] = {}
         self._cache_left = cache_mb * 2**20
         found = find_photos(folders)
@@ -124,21 +126,27 @@ class PhotoFolder(Photos):
         return self.captions[index] if self.captions else ""
 
     def fingerprint(self) -> str:
-        """A checksum of the photos' names and sizes."""
-        listed = [(path.name, *size) for path, size in zip(self.paths, self.sizes.tolist())]
+        """A checksum of the photos' places in their folders, sizes in bytes and captions, read or not until now."""
+        captions = self.captions or map(self._read_caption, self.paths)
+        listed = [(self._name(path), path.stat().st_size, text) for path, text in zip(self.paths, captions)]
         return hashlib.sha256(repr(listed).encode()).hexdigest()[:16]
+
+    def _name(self, path: Path) -> str:
+        """A photo's path below the folder that it was found in."""
+        parents = (folder for folder in self._folders if folder in path.parents)
+        return path.relative_to(next(parents, path.parent)).as_posix()
 
     def _key(self, index: int) -> Path:
         return self.paths[index]
 
-    def _decode(self, index: int) -> np.ndarray:
+    def _decode(self, index: int) -> tuple[np.ndarray, str]:
         pixels = self._cache.get(index)
         if pixels is None:
             pixels = read_pixels(self.paths[index])
             if pixels.nbytes <= self._cache_left:  # threads may race here: one photo too many at worst
                 self._cache[index] = pixels
                 self._cache_left -= pixels.nbytes
-        return pixels
+        return pixels, self.caption(index)
 
     def _check(self, path: Path) -> tuple[int, int] | None:
         try:

@@ -97,8 +97,8 @@ class DataConfig:
             ),
             (sources >= 1, "there are neither folders nor records to train on"),
             (
-                len(self.weights) in (0, sources) and all(weight > 0 for weight in self.weights),
-                f"weights must be {sources} positive numbers, one per source, not {self.weights}",
+                len(self.weights) in (0, sources) and all(map(_is_weight, self.weights)),
+                f"weights must be {sources} positive numbers (at most 1e100), one per source, not {self.weights}",
             ),
             (
                 len(self.embeddings) in (0, sources),
@@ -120,6 +120,11 @@ class DataConfig:
         for good, message in checks:
             if not good:
                 raise InputError(f"data: {message}")
+
+
+def _is_weight(value: Any) -> bool:
+    """A number that Grain can scale to integers."""
+    return isinstance(value, int | float) and 1e-100 <= value <= 1e100
 
 
 class Batches:
@@ -155,14 +160,13 @@ class Batches:
         config = self.config
         source, place = self._places[number]
         photos = self.sources[source]
-        index, pixels = photos.read(place)
+        index, pixels, caption = photos.read(place)
         crop = self._crop(number, *pixels.shape[:2])
         stored = self.embeddings[source][index] if self.embeddings else {}
-        wanted = config.captions or config.tokenizer is not None
         return {
             "hq": cut(pixels, crop, config.global_crop),
             "box": np.array(crop.box, np.int32),
-            "caption": photos.caption(index) if wanted else "",
+            "caption": caption,
             **stored,
         }
 
@@ -234,6 +238,11 @@ class BatchIterator(Iterator[dict[str, Any]]):
             batch = {name: value if name == "caption" else np.array(value) for name, value in batch.items()}
         return batch
 
+    @property
+    def embeddings(self) -> tuple[Embeddings, ...]:
+        """What is read beside the photos."""
+        return self.batches.embeddings
+
     def get_state(self) -> dict[str, int]:
         """The position, ready for JSON: the step of the next batch."""
         return {"step": self._step}
@@ -299,7 +308,8 @@ def _check_embeddings(photos: Photos, stored: Embeddings, config: DataConfig) ->
     if (meta.photos, meta.fingerprint) != (len(photos), photos.fingerprint()):
         raise InputError(
             f"data: {stored.folder} was computed from other photos ({meta.photos}, now {len(photos)}, or others by "
-            "name or size); run `dpir precompute` for these"
+            "name, size or caption), or by a version that did not compare these; run `dpir precompute` again, into "
+            "another folder"
         )
     cropped = set(meta.arrays) - {"text"}
     if cropped and not (config.central and config.global_crop == meta.crop):

@@ -69,13 +69,13 @@ class PhotoRecords(Photos):
         files = [(path.name, path.stat().st_size) for path in self.files]
         return hashlib.sha256(repr((len(self), files)).encode()).hexdigest()[:16]
 
-    def _decode(self, index: int) -> UInt8[np.ndarray, "H W 3"]:
+    def _decode(self, index: int) -> tuple[UInt8[np.ndarray, "H W 3"], str]:
         facts = self.facts(index)
         name = f"{self.files[0].parent}: {facts['name']}"
         if min(facts["height"], facts["width"]) < self.min_side:
             side = self.min_side
             raise InputError(f"{name} is {facts['width']}x{facts['height']}; crops need {side}x{side}")
-        return decode_pixels(facts["image"], name)
+        return decode_pixels(facts["image"], name), facts["caption"]
 
 
 def record_files(path: str | os.PathLike) -> list[Path]:

@@ -10,7 +10,7 @@ D(z_0): the paper has them in stage 1 only; the small models here gain by them (
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -22,6 +22,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dpir_jax import images, model_folder
+from dpir_jax.data.embeddings import NETWORKS, Embeddings
 from dpir_jax.degradation import Plan, Recipe, apply_plan, draw_plan
 from dpir_jax.diffusion.flow import interpolate, loss_weight, velocity_loss
 from dpir_jax.diffusion.samplers import euler
@@ -538,6 +539,19 @@ class DiTTask:
             model_folder.read_config(folder)
         if self.text == "step" and not self._whole:
             raise InputError(f"task.text is 'step', but {self.init_from} is no whole system and has no T5")
+
+    def check_embeddings(self, embeddings: Sequence[Embeddings]) -> None:
+        """`InputError` where stored arrays are of other networks than those in `init_from`, as far as it has them."""
+        self.check()
+        for stored in embeddings:
+            for array in sorted(set(stored.meta.arrays) & set(self.inputs)):
+                name = NETWORKS[array]
+                there = name in stored.meta.weights and (Path(self.init_from) / f"{name}.safetensors").is_file()
+                if there and not model_folder.has_weights(self.init_from, name, stored.meta.weights[name]):
+                    raise InputError(
+                        f"data: {stored.folder} holds {array} by another {name} than that of task.init_from, "
+                        f"{self.init_from}; run `dpir precompute` with this model, into another folder"
+                    )
 
     @property
     def _whole(self) -> bool:

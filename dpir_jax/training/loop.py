@@ -91,6 +91,8 @@ def train(
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.keep))
         checkpoints.check(recipe)  # before the networks are made, which may take minutes
+        if hasattr(task, "check_embeddings"):
+            task.check_embeddings(getattr(batches, "embeddings", ()))
         state, networks, shardings = init_state(task, config, mesh, rules)
         step_fn = make_train_step(task, config, networks, mesh, shardings, rules)
         key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()

@@ -42,7 +42,8 @@ class Task(Protocol):
 class LargeTask(Task, Protocol):
     """A task whose networks no single device could hold: `init` in steps, `check()`, then `load(create(key))`.
 
-    Where its batches bring more than pictures, `inputs` gives `{name: (shape of a sample, dtype)}` (`training.ahead`).
+    Where its batches bring more than pictures, `inputs` gives `{name: (shape of a sample, dtype)}` (`training.ahead`),
+    and `check_embeddings(embeddings)` raises `InputError` where stored ones are of other networks than the task's.
     """
 
     def check(self) -> None:
