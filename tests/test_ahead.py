@@ -275,12 +275,17 @@ def test_a_step_compiled_for_a_tpu_slice(recipe):
 
 def test_what_a_chip_sends_does_not_grow_with_the_slice():
     recipe = load_recipe("tests/ahead_recipe.py", ["--config.task.width=1024", "--config.mesh.data=-1"])
+    slices = ("v5e-16", "v5e-32", "v5e-256")
     with quickly():
-        few, many = (ahead.compile_for(recipe, parse_topology(name), 64) for name in ("v5e-16", "v5e-256"))
-    assert (few["mesh"]["fsdp"], many["mesh"]["data"], many["mesh"]["fsdp"]) == (16, 16, 16)
-    assert 0 < many["collectives_per_chip"]["total"] < 1.1 * few["collectives_per_chip"]["total"]
-    assert "all-to-all" not in many["collectives_per_chip"]
-    assert "permute" not in few["collectives_per_chip"]  # weights are gathered, not passed on piece by piece
+        found = [ahead.compile_for(recipe, parse_topology(name), 64) for name in slices]
+    assert [(one["mesh"]["data"], one["mesh"]["fsdp"]) for one in found] == [(1, 16), (2, 16), (16, 16)]
+    one, few, many = (each["collectives_per_chip"] for each in found)
+    assert 0 < many["total"] < 1.1 * one["total"]
+    # One group that is the whole square torus sums gradients whole; all others scatter them.
+    assert 0 < many["reduce-scatter"] < 1.02 * few["reduce-scatter"]
+    assert many["total"] < 1.05 * few["total"]
+    assert "all-to-all" not in many
+    assert "permute" not in one  # weights are gathered, not passed on piece by piece
 
 
 def test_a_step_that_does_not_fit():

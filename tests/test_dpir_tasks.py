@@ -25,7 +25,7 @@ from dpir_jax.training.dpir_tasks import (
     sample_crops,
     speck_loss,
 )
-from dpir_jax.training.state import init_state
+from dpir_jax.training.state import abstract_state, init_state
 from dpir_jax.training.step import make_train_step
 
 DEMO = Path(dpir_jax.__file__).parent / "demo_photos"
@@ -154,7 +154,7 @@ def test_stage_one_can_train_on_latents_of_several_crops(photos):
     lq, hq = task._pairs(batch(photos), jax.random.key(0))
     assert lq.shape == hq.shape == (24, 32, 32, 3)
     assert np.mean(np.square(lq - hq)) < 0.5 * np.mean(np.square(lq - hq[::-1]))  # cut at the same places
-    losses, moved, kept = three_steps(task, batch(photos), MeshConfig(data=1))
+    losses, moved, kept = three_steps(task, batch(photos), MeshConfig(data=1), first_state(task))
     assert all(0 < loss < 1 for loss in losses)
     assert {name.split(".")[0] for name in moved} == {"robust_encoder"}
     assert kept
@@ -174,10 +174,18 @@ def test_contradictory_settings_are_named():
         DiTTask.from_config({"loss_kind": "velocity", "rollout_share": 0.5})
 
 
-def three_steps(task, data, mesh_config):
+def first_state(task):
+    config = TrainConfig(steps=3, batch=8, learning_rate=1e-3)
+    return init_state(task, config, make_mesh(devices=jax.devices()[:1]))[0]
+
+
+def three_steps(task, data, mesh_config, state):
+    """From a state that is left as it is, on a mesh."""
     config = TrainConfig(steps=3, batch=8, learning_rate=1e-3, mesh=mesh_config)
     mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.data * mesh_config.fsdp])
-    state, networks, shardings = init_state(task, config, mesh)
+    abstract, networks = abstract_state(task, config, mesh)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    state = jax.device_put(state, shardings, may_alias=False)
     arrays = (state.params | state.frozen).items()
     before = {name: np.asarray(value) for name, value in arrays if value.dtype == np.float32}
     step = make_train_step(task, config, networks, mesh, shardings)
@@ -196,13 +204,14 @@ def test_both_stages_train_the_same_on_one_device_and_on_eight(stage, photos, st
     data = batch(photos)
     if stage == 1:
         data.pop("box")
-    losses, moved, kept = three_steps(task, data, MeshConfig(data=1, fsdp=1))
+    state = first_state(task)
+    losses, moved, kept = three_steps(task, data, MeshConfig(data=1, fsdp=1), state)
     assert kept, "a frozen network changed"
     assert np.isfinite(losses).all()
     parts = {1: ("robust_encoder", "discriminator"), 2: ("mmdit", "clip_tokens", "visual_mlp", "discriminator")}
     for part in parts[stage]:
         assert any(part in name for name in moved), f"nothing in {part} was trained"
-    many, _, _ = three_steps(task, data, MeshConfig(data=2, fsdp=4))
+    many, _, _ = three_steps(task, data, MeshConfig(data=2, fsdp=4), state)
     np.testing.assert_allclose(many, losses, rtol=1e-5)
 
 

@@ -17,9 +17,9 @@ FSDP_GROUP = 16  # devices that `fsdp` takes of itself
 class MeshConfig:
     """Devices along each mesh axis; one axis may be -1, "all that are left". What an axis cuts, the sharding says.
 
-    `data` and `fsdp` may both be -1: `fsdp` then takes up to 16 of the devices left, `data` the rest. Cut finer,
-    weights become slivers of a few columns, whose gradients the compiler for TPUs sums whole on every chip instead of
-    scattering them (DPIR at 512 pixels on 256 chips: 21 GB sent per chip and step with one group of 256).
+    `data` and `fsdp` may both be -1: `fsdp` then takes up to 16 of the devices left, `data` the rest. Larger groups
+    save little memory and gather more. A group that is the whole torus of 16, 64 or 256 chips also sums gradients
+    whole on every chip, where the compiler for TPUs scatters them in others (docs/sharding.md).
 
     data: copies of the model, each with its share of the batch.
     fsdp: pieces that parameters, optimizer and EMA are cut into; the batch is cut along this axis too.
