@@ -25,10 +25,10 @@ class ShardingRules:
     (`dpir_jax.models.placement`). One table serves all networks of a system, the trained and the frozen.
 
     The default is FSDP: every weight is cut along one dimension, gathered just before its layer runs, and each device
-    keeps its part of the summed gradient. Cutting the residual width `d` does that for almost every matrix of a transformer, because each
-    has exactly one `d`: `df`, `fd`, `dh`, `hd`, `cd`. The modulation `cm` has none, so its outputs `m` are cut, and of
-    convolutions the channels `o`. The activations keep `D` whole and only the samples `B` are cut: a device computes
-    its own samples with whole weights.
+    keeps its part of the summed gradient. Cutting the residual width `d` does that for almost every matrix of a
+    transformer, because each has exactly one `d`: `df`, `fd`, `dh`, `hd`, `cd`. The modulation `cm` has none, so its
+    outputs `m` are cut, and of convolutions the channels `o`. The activations keep `D` whole and only the samples `B`
+    are cut: a device computes its own samples with whole weights.
 
     Tensor parallelism cuts a matrix along its *other* dimension as well: `f="tensor"` makes `df` -> (fsdp, tensor) and
     `fd` -> (tensor, fsdp). A device then computes a part of the hidden width `F` (or of the heads `H`) for all samples
