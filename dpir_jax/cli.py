@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpir_jax.errors import InputError
+from dpir_jax.files import refuse_url
 
 if TYPE_CHECKING:
     from dpir_jax.models.irpad import IRPAD
@@ -59,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.extra = extra
     quiet_libtpu()
     try:
+        for name in ("workdir", "out"):
+            refuse_url(f"--{name}", getattr(arguments, name, None))
         return arguments.run(arguments) or 0
     except InputError as error:
         print(f"dpir: error: {error}", file=sys.stderr)
