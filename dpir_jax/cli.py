@@ -429,6 +429,8 @@ def _train(arguments: argparse.Namespace) -> int:
     from dpir_jax.training.report import SUMMARY, format_summary, read_run
 
     recipe, workdir = load_recipe(arguments.config, arguments.extra), Path(arguments.workdir)
+    if file := next((path for path in (workdir, *workdir.parents) if path.is_file()), None):
+        raise InputError(f"--workdir {workdir}: {file} is a file; choose a folder, or a place for a new one")
     if arguments.distributed:
         processes.start(arguments.distributed)
     try:

@@ -209,6 +209,14 @@ def test_train_and_export_by_command(tmp_path, capsys):
         assert (abs(norm - lines[-1]["param_norm"]) < 1e-4) is raw  # the norm of the last weights, not of the average
 
 
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_workdir_that_is_a_file(tmp_path, capsys, below):
+    file = tmp_path / "notes.txt"
+    file.write_text("notes")
+    assert main(["train", "--config", RECIPE, "--workdir", str(file / below)]) == 2
+    assert f"{file} is a file; choose a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "command",
     [
