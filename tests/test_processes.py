@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -107,3 +108,17 @@ def test_a_checkpoint_that_is_not_finished_does_not_count(tmp_path, compiled_onc
 def test_a_place_that_is_none(where):
     with pytest.raises(InputError, match=r"must be 'auto' or HOST:PORT/INDEX/COUNT"):
         processes.start(where)
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "words"),
+    [
+        ("UNKNOWN: Gloo: Connection closed by peer\nmore", InputError, "process 0 of 2 lost .* closed by peer"),
+        ("RESOURCE_EXHAUSTED: Out of memory", jax.errors.JaxRuntimeError, "^RESOURCE_EXHAUSTED: Out of memory"),
+        ("INVALID_ARGUMENT: shapes differ", jax.errors.JaxRuntimeError, "^INVALID_ARGUMENT: shapes differ"),
+    ],
+)
+def test_only_a_lost_connection_is_called_one(message, kind, words, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(kind, match=words), processes.watch_others():
+        raise jax.errors.JaxRuntimeError(message)

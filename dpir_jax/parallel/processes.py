@@ -17,6 +17,9 @@ from dpir_jax.errors import InputError
 AUTO = "auto"
 HEARTBEAT_SECONDS = 30  # a machine that is silent for this long is gone; a process that dies is noticed at once
 
+# Failures of a computation that no lost connection explains.
+OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "OUT_OF_RANGE", "PERMISSION_DENIED")
+
 
 class LostProcess(InputError):
     """Another process of the run is gone, so this one cannot go on, nor wait for the others at its end."""
@@ -75,13 +78,13 @@ def stop_asked(step: int) -> str | None:
 
 @contextlib.contextmanager
 def watch_others() -> Iterator[None]:
-    """Turns the failure of a collective into `LostProcess`; with one process it does nothing."""
+    """Turns the failure of a collective into `LostProcess`, no other failure; with one process it does nothing."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
         reason = str(error).splitlines()[0]
+        if jax.process_count() == 1 or any(code in reason for code in OWN_FAULTS):
+            raise
         raise LostProcess(
             f"process {jax.process_index()} of {jax.process_count()} lost the connection to another one ({reason}); "
             "start all processes again to go on from the newest checkpoint"
