@@ -106,6 +106,21 @@ def seconds(workdir):
     return [json.loads(line)["seconds"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("victim", "cause", "status", "words"),
+    [
+        (1, {"TOY_ERROR_AT_4": "InputError"}, 2, "dpir: error: no batch 4"),
+        pytest.param(0, {"TOY_ERROR_AT_4": "RuntimeError"}, 1, "RuntimeError: no batch 4", marks=slow),
+        pytest.param(0, {"TOY_ERROR_AT_4": "KeyboardInterrupt"}, 130, "dpir: interrupted", marks=slow),
+    ],
+)
+def test_an_error_in_one_process_ends_both(tmp_path, compiled_once, victim, cause, status, words):  # noqa: F811
+    pair = start_two(tmp_path, compiled_once, {victim: cause})
+    output, _ = end_of_both(pair, victim)
+    assert pair[victim].returncode == status
+    assert output.splitlines()[-1] == words
+
+
 def test_a_checkpoint_that_is_not_finished_does_not_count(tmp_path, compiled_once):  # noqa: F811
     settings = recipe("--config.steps=2", "--config.checkpoint_every=1")
     train(settings, tmp_path, progress=False)

@@ -11,8 +11,10 @@ import os
 import re
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -27,10 +29,6 @@ HEARTBEAT_SECONDS = 30  # a machine that is silent for this long is gone; a proc
 OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "OUT_OF_RANGE", "PERMISSION_DENIED")
 
 _handlers = []  # what `_instead_of_abort` installed must outlive it
-
-
-class LostProcess(InputError):
-    """Another process of the run is gone, so this one cannot go on, nor wait for the others at its end."""
 
 
 def start(where: str = AUTO) -> None:
@@ -128,6 +126,15 @@ def stop_asked(step: int) -> str | None:
     return None
 
 
+def leave(status: int) -> NoReturn:
+    """Ends this process at once: an orderly end would wait for the others, and they are waiting for this one."""
+    _kill_workers()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
 def _kill_workers() -> None:
     for worker in multiprocessing.active_children():
         worker.kill()
@@ -135,14 +142,14 @@ def _kill_workers() -> None:
 
 @contextlib.contextmanager
 def watch_others() -> Iterator[None]:
-    """Turns the failure of a collective into `LostProcess`, no other failure; with one process it does nothing."""
+    """Turns the failure of a collective into `InputError`, no other failure; with one process it does nothing."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).splitlines()[0]
         if jax.process_count() == 1 or any(code in reason for code in OWN_FAULTS):
             raise
-        raise LostProcess(
+        raise InputError(
             f"process {jax.process_index()} of {jax.process_count()} lost the connection to another one ({reason}); "
             "start all processes again to go on from the newest checkpoint"
         ) from error

@@ -77,8 +77,7 @@ def train(
 
     Raises:
       InputError: the mesh does not fit the devices or the batch, the data ends or does not fit, the checkpoint is of
-        another run, or the loss is no longer finite.
-      LostProcess: another process of the run is gone.
+        another run, the loss is no longer finite, or another process of the run is gone.
     """
     started, config = time.monotonic(), recipe.train
     task = recipe.build_task() if task is None else task
@@ -88,12 +87,12 @@ def train(
     batches: Batches = recipe.build_data(*share)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.keep))
+        stack.enter_context(watch_others())
         checkpoints.check(recipe)  # before the networks are made, which may take minutes
         state, networks, shardings = init_state(task, config, mesh, rules)
         step_fn = make_train_step(task, config, networks, mesh, shardings, rules)
         key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
         caught = stack.enter_context(_caught_signals())
-        stack.enter_context(watch_others())
 
         first = checkpoints.latest or 0
         position = batches.get_state()
@@ -148,6 +147,7 @@ def train(
                         log.write(step, values | clock.read() | speed | machine)
                         pending, since = [], now
                     if values["finite"] < 1:
+                        checkpoints.wait()  # all processes are here
                         raise InputError(_not_finite(step, saved))
                 if save:
                     checkpoints.save(step, state, recipe, position)
