@@ -177,3 +177,16 @@ def test_only_a_lost_connection_is_called_one(message, kind, words, monkeypatch)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(kind, match=words), processes.watch_others():
         raise jax.errors.JaxRuntimeError(message)
+
+
+def test_leaving_flushes_and_takes_data_workers_along():
+    script = (
+        "import multiprocessing, time\n"
+        "from dpir_jax.parallel import processes\n"
+        "multiprocessing.get_context('fork').Process(target=time.sleep, args=(200,)).start()\n"
+        "print('last words', end='')\n"
+        "processes.leave(3)"
+    )
+    run = [sys.executable, "-W", "ignore", "-c", script]
+    left = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=100)  # waits for the worker's pipes
+    assert (left.returncode, left.stdout) == (3, "last words"), left.stderr
