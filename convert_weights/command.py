@@ -20,7 +20,7 @@ from convert_weights.families import CONFIGS, FAMILIES, Family, encoder_only, of
 from convert_weights.readers import PIPELINE, SUFFIXES, Source, locate, open_source
 from convert_weights.writer import Mapped
 from dpir_jax.errors import InputError
-from dpir_jax.files import read_json, write_json
+from dpir_jax.files import read_json, refuse_url, write_json
 from dpir_jax.model_folder import new_folder, read_config
 from dpir_jax.model_folder import verify as verify_sums
 from dpir_jax.systems.config_json import from_json, to_json
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m convert_weigh
         arguments = _parser(prog).parse_args(argv)
         run = _to_torch if arguments.to_torch else _convert
     try:
+        refuse_url("OUT", arguments.out)
         with _stoppable():
             run(arguments)
     except InputError as error:

@@ -4,13 +4,14 @@ import argparse
 import contextlib
 import functools
 import importlib.util
-import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpir_jax.errors import InputError
+from dpir_jax.files import refuse_url
 
 if TYPE_CHECKING:
     from dpir_jax.models.irpad import IRPAD
@@ -59,13 +60,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.extra = extra
     quiet_libtpu()
     try:
+        for name in ("workdir", "out"):
+            refuse_url(f"--{name}", getattr(arguments, name, None))
         return arguments.run(arguments) or 0
-    except InputError as error:
+    except (InputError, KeyboardInterrupt) as error:
+        return _report(error)
+
+
+def _report(error: BaseException) -> int:
+    """Prints why a verb ended; returns the exit status."""
+    if isinstance(error, InputError):
         print(f"dpir: error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    if isinstance(error, KeyboardInterrupt):
         print("dpir: interrupted", file=sys.stderr)
         return 130
+    traceback.print_exception(error)
+    return 1
 
 
 # --- restore ---------------------------------------------------------------------------------------------------------
@@ -422,17 +433,25 @@ def _add_train(verbs: argparse._SubParsersAction) -> None:
 def _train(arguments: argparse.Namespace) -> int:
     from dpir_jax.parallel import processes
     from dpir_jax.training.config import load_recipe
+
+    recipe, workdir = load_recipe(arguments.config, arguments.extra), Path(arguments.workdir)
+    if file := next((path for path in (workdir, *workdir.parents) if path.is_file()), None):
+        raise InputError(f"--workdir {workdir}: {file} is a file; choose a folder, or a place for a new one")
+    if not arguments.distributed:
+        return _train_here(recipe, workdir)
+    processes.start(arguments.distributed)
+    try:
+        return _train_here(recipe, workdir)
+    except BaseException as error:
+        processes.leave(_report(error))
+
+
+def _train_here(recipe: "Recipe", workdir: Path) -> int:
+    from dpir_jax.parallel import processes
     from dpir_jax.training.loop import train
     from dpir_jax.training.report import SUMMARY, format_summary, read_run
 
-    recipe, workdir = load_recipe(arguments.config, arguments.extra), Path(arguments.workdir)
-    if arguments.distributed:
-        processes.start(arguments.distributed)
-    try:
-        outcome = train(recipe, workdir)
-    except processes.LostProcess as error:
-        print(f"dpir: error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # an orderly end would wait for the process that is gone
+    outcome = train(recipe, workdir)
     if processes.is_first() and (workdir / SUMMARY).is_file():
         print(format_summary(read_run(workdir)))
     print(f"{outcome.reason} at step {outcome.step} of {recipe.train.steps}; the run is in {workdir}")

@@ -39,6 +39,15 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def refuse_url(option: str, folder: str | None) -> None:
+    """Raises `InputError` if an output folder is a URL: as a path it would be a local folder named `gs:`, say."""
+    if "://" in (folder or ""):
+        raise InputError(
+            f"{option} is {folder}, but results go to folders, not to URLs; mount the bucket (gcsfuse), or write to "
+            "a local or shared folder and copy that"
+        )
+
+
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:
     """Writes `data` to `path` atomically."""
     with atomic_path(path) as temporary:

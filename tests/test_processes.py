@@ -8,9 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -28,8 +28,8 @@ def recipe(*overrides):
     return load_recipe(str(ROOT / "tests" / "toy_recipe.py"), [*SETTINGS, *overrides])
 
 
-def start_two(workdir, environment, second, *overrides):
-    """Two processes of four devices; `second`: what is set for the second process alone."""
+def start_two(workdir, environment, own, *overrides):
+    """Two processes of four devices; `own[i]`: what is set for process i alone."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
@@ -39,39 +39,53 @@ def start_two(workdir, environment, second, *overrides):
     def process(index):
         where = ["--workdir", str(workdir), "--distributed", f"{address}/{index}/2"]
         command = [sys.executable, "-c", start, "train", "--config", "tests/toy_recipe.py", *where]
-        own = os.environ | environment | flags | (second if index else {})
+        environ = os.environ | environment | flags | own.get(index, {})
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen([*command, *SETTINGS, *overrides], cwd=ROOT, env=own, **pipes)
+        return subprocess.Popen([*command, *SETTINGS, *overrides], cwd=ROOT, env=environ, **pipes)
 
     return process(0), process(1)
+
+
+def end_of_both(pair, victim):
+    """What the victim printed and the other one, which has to end within a minute, with a sentence and status 2."""
+    try:
+        last_words = pair[victim].communicate(timeout=300)[0]
+        output = pair[1 - victim].communicate(timeout=60)[0]
+    finally:
+        for process in pair:
+            process.kill()
+    assert pair[1 - victim].returncode == 2, output
+    sentence = output.splitlines()[-1]
+    assert re.match(r"dpir: error: .* start all processes again to go on from the newest checkpoint", sentence), output
+    return last_words, output
 
 
 def steps_in(workdir):
     return sorted(int(folder.name) for folder in (workdir / "checkpoints").iterdir() if folder.name.isdigit())
 
 
-@pytest.mark.slow  # its barriers time out on a machine with other work
-def test_two_processes(tmp_path, compiled_once):  # noqa: F811
-    # One is killed while step 5 runs. The other ends: with our sentence if it was waiting for the gradients of the dead
-    # one, by JAX's hand if it was waiting for it at the end of a checkpoint.
-    slow = compiled_once | {"TOY_SECONDS": "0.5"}
-    first, second = start_two(tmp_path, slow, {"TOY_SIGNAL_AT_5": "SIGKILL"}, "--config.checkpoint_every=3")
-    second.communicate(timeout=300)
-    since = time.monotonic()
-    output, _ = first.communicate(timeout=60)
-    assert time.monotonic() - since < 60
-    assert second.returncode == -signal.SIGKILL
-    ours = r"dpir: error: process 0 of 2 lost the connection .* start all processes again"
-    assert re.search({2: ours, -signal.SIGABRT: "another task died"}[first.returncode], output), output
-    before = lines(tmp_path)
-    assert [line["step"] for line in before] in ([1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4, 5])
-    assert steps_in(tmp_path) in ([], [3])  # [] if it had not been written to its end
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=slow)])
+def test_killed_and_started_again(tmp_path, compiled_once, victim):  # noqa: F811
+    # Killed while step 8 runs. The write of step 6 has waited for that of step 3.
+    often = ["--config.steps=200", "--config.checkpoint_every=3"]
+    pair = start_two(tmp_path, compiled_once, {victim: {"TOY_SIGNAL_AT_8": "SIGKILL"}}, *often)
+    end_of_both(pair, victim)
+    assert pair[victim].returncode == -signal.SIGKILL
+    before, saved, times = lines(tmp_path), max(steps_in(tmp_path)), seconds(tmp_path)
+    assert [line["step"] for line in before[:7]] == [1, 2, 3, 4, 5, 6, 7]
+    assert saved in (3, 6)
 
     # Started again, they compute the same once more, until one of them is told to stop.
-    both = start_two(tmp_path, slow, {"TOY_SIGNAL_AT_4": "SIGTERM"}, "--config.steps=200")
+    slowly = compiled_once | {"TOY_SECONDS": "0.2"}
+    both = start_two(tmp_path, slowly, {1 - victim: {"TOY_SIGNAL_AT_8": "SIGTERM"}}, "--config.steps=200")
     outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, outputs
     after = lines(tmp_path)
+    again = [old != new for old, new in zip(times, seconds(tmp_path))]
+    assert again == [False] * saved + [True] * (len(before) - saved)
     assert after[: len(before)] == before
     assert steps_in(tmp_path)[-1] == after[-1]["step"] < 200
     assert f"SIGTERM at step {after[-1]['step']}" in outputs[0]
@@ -85,6 +99,26 @@ def test_two_processes(tmp_path, compiled_once):  # noqa: F811
     assert len(many) == len(one) == steps
     np.testing.assert_allclose(many, one, rtol=1e-4)  # rounding grows with the steps
     np.testing.assert_allclose(many[:4], one[:4], rtol=1e-5)
+
+
+def seconds(workdir):
+    """When each line was written: two computations of one step differ in it."""
+    return [json.loads(line)["seconds"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("victim", "cause", "status", "words"),
+    [
+        (1, {"TOY_ERROR_AT_4": "InputError"}, 2, "dpir: error: no batch 4"),
+        pytest.param(0, {"TOY_ERROR_AT_4": "RuntimeError"}, 1, "RuntimeError: no batch 4", marks=slow),
+        pytest.param(0, {"TOY_ERROR_AT_4": "KeyboardInterrupt"}, 130, "dpir: interrupted", marks=slow),
+    ],
+)
+def test_an_error_in_one_process_ends_both(tmp_path, compiled_once, victim, cause, status, words):  # noqa: F811
+    pair = start_two(tmp_path, compiled_once, {victim: cause})
+    output, _ = end_of_both(pair, victim)
+    assert pair[victim].returncode == status
+    assert output.splitlines()[-1] == words
 
 
 def test_a_checkpoint_that_is_not_finished_does_not_count(tmp_path, compiled_once):  # noqa: F811
@@ -103,7 +137,56 @@ def test_a_checkpoint_that_is_not_finished_does_not_count(tmp_path, compiled_onc
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 2
 
 
-@pytest.mark.parametrize("where", ["localhost", "localhost:1/2/2", "localhost:1/x/2", "localhost/0/1"])
+@pytest.mark.parametrize(
+    "where", ["localhost", "localhost:1/2/2", "localhost:1/x/2", "localhost/0/1", "localhost:x/0/1"]
+)
 def test_a_place_that_is_none(where):
     with pytest.raises(InputError, match=r"must be 'auto' or HOST:PORT/INDEX/COUNT"):
         processes.start(where)
+
+
+def test_a_coordinator_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(processes, "START_SECONDS", 0.1)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: pytest.fail("would abort"))
+    with socket.socket() as silent:  # bound, not listening
+        silent.bind(("localhost", 0))
+        where = f"localhost:{silent.getsockname()[1]}/1/2"
+        with pytest.raises(InputError, match=f"--distributed {where}: nothing answered at localhost"):
+            processes.start(where)
+
+
+def test_processes_that_do_not_come():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = f"from dpir_jax.parallel import processes as p; p.START_SECONDS = 1; p.start('localhost:{port}/0/2')"
+    alone = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert alone.returncode == 2, alone.stderr
+    assert "the processes did not find each other within 1 s" in alone.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("message", "kind", "words"),
+    [
+        ("UNKNOWN: Gloo: Connection closed by peer\nmore", InputError, "process 0 of 2 lost .* closed by peer"),
+        ("RESOURCE_EXHAUSTED: Out of memory", jax.errors.JaxRuntimeError, "^RESOURCE_EXHAUSTED: Out of memory"),
+        ("INVALID_ARGUMENT: shapes differ", jax.errors.JaxRuntimeError, "^INVALID_ARGUMENT: shapes differ"),
+    ],
+)
+def test_only_a_lost_connection_is_called_one(message, kind, words, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(kind, match=words), processes.watch_others():
+        raise jax.errors.JaxRuntimeError(message)
+
+
+def test_leaving_flushes_and_takes_data_workers_along():
+    script = (
+        "import multiprocessing, time\n"
+        "from dpir_jax.parallel import processes\n"
+        "multiprocessing.get_context('fork').Process(target=time.sleep, args=(200,)).start()\n"
+        "print('last words', end='')\n"
+        "processes.leave(3)"
+    )
+    run = [sys.executable, "-W", "ignore", "-c", script]
+    left = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=100)  # waits for the worker's pipes
+    assert (left.returncode, left.stdout) == (3, "last words"), left.stderr

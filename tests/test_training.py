@@ -208,6 +208,33 @@ def test_train_and_export_by_command(tmp_path, capsys):
         assert (abs(norm - lines[-1]["param_norm"]) < 1e-4) is raw  # the norm of the last weights, not of the average
 
 
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_workdir_that_is_a_file(tmp_path, capsys, below):
+    file = tmp_path / "notes.txt"
+    file.write_text("notes")
+    assert main(["train", "--config", RECIPE, "--workdir", str(file / below)]) == 2
+    assert f"{file} is a file; choose a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "--config", RECIPE, "--workdir"],
+        ["export", "--workdir", "run", "--out"],
+        ["precompute", "photos", "--model", "m", "--out"],
+        ["pack", "photos", "--out"],
+        ["restore", "photo.png", "--out"],
+        ["convert", "model.safetensors"],
+    ],
+)
+def test_a_url_is_no_output_folder(tmp_path, capsys, monkeypatch, command):
+    monkeypatch.chdir(tmp_path)
+    assert main([*command, "gs://bucket/run"]) == 2
+    sentence = capsys.readouterr().err
+    assert "is gs://bucket/run, but results go to folders, not to URLs" in sentence
+    assert not list(tmp_path.iterdir())
+
+
 def test_export_without_a_run(tmp_path, capsys):
     assert main(["export", "--workdir", str(tmp_path), "--out", str(tmp_path / "model")]) == 2
     assert "holds no training run" in capsys.readouterr().err

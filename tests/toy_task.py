@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from dpir_jax.errors import InputError
 from dpir_jax.model_folder import save_networks
 from dpir_jax.models.layers import Keys, conv, dense, scan_blocks, stack
 
@@ -96,8 +97,8 @@ class ToyTask:
 
 
 class Counter:
-    """Batch n is drawn from (seed, n); the position is n. `TOY_SIGNAL_AT_n=SIGKILL` sends a signal before batch n;
-    `TOY_SECONDS=0.5` makes every batch take so long."""
+    """Batch n is drawn from (seed, n); the position is n. `TOY_SIGNAL_AT_n=SIGKILL` sends a signal before batch n,
+    `TOY_ERROR_AT_n=InputError` raises one in its place; `TOY_SECONDS=0.5` makes every batch take so long."""
 
     def __init__(self, batch, seed, size, poison_at=-1, length=None, places=None):
         self.batch, self.seed, self.size, self.poison_at, self.length, self.n = batch, seed, size, poison_at, length, 0
@@ -111,6 +112,9 @@ class Counter:
             raise StopIteration
         if name := os.environ.get(f"TOY_SIGNAL_AT_{self.n}"):
             os.kill(os.getpid(), signal.Signals[name])
+        if name := os.environ.get(f"TOY_ERROR_AT_{self.n}"):
+            kinds = {kind.__name__: kind for kind in (InputError, RuntimeError, KeyboardInterrupt)}
+            raise kinds[name](f"no batch {self.n}")
         time.sleep(float(os.environ.get("TOY_SECONDS", 0)))
         rng = np.random.default_rng((self.seed, self.n))
         image = rng.random((self.batch, self.size, self.size, 3), np.float32)

@@ -5,8 +5,16 @@ carry the data, its preemption service makes all processes stop at the same step
 """
 
 import contextlib
+import ctypes
+import multiprocessing
+import os
+import re
 import signal
+import socket
+import sys
+import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import jax
 import numpy as np
@@ -15,11 +23,12 @@ from jax.experimental import multihost_utils
 from dpir_jax.errors import InputError
 
 AUTO = "auto"
+START_SECONDS = 300  # how long the processes wait for each other
 HEARTBEAT_SECONDS = 30  # a machine that is silent for this long is gone; a process that dies is noticed at once
+# Failures of a computation that no lost connection explains.
+OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "OUT_OF_RANGE", "PERMISSION_DENIED")
 
-
-class LostProcess(InputError):
-    """Another process of the run is gone, so this one cannot go on, nor wait for the others at its end."""
+_handlers = []  # what `_instead_of_abort` installed must outlive it
 
 
 def start(where: str = AUTO) -> None:
@@ -30,7 +39,8 @@ def start(where: str = AUTO) -> None:
         "HOST:PORT/INDEX/COUNT": the coordinator's address, which process this is, and how many there are.
 
     Raises:
-      InputError: not such a place, or the others did not come.
+      InputError: not such a place, or there is no coordinator. When another process does not come, this one ends with
+        a sentence and status 2, as it does when one is gone later.
     """
     options: dict[str, str | int] = {}
     if where != AUTO:
@@ -39,16 +49,59 @@ def start(where: str = AUTO) -> None:
             index, count = map(int, numbers)
         except ValueError:
             index, count = 0, 0
-        if ":" not in address or not 0 <= index < count:
+        if not re.fullmatch(r".+:\d{1,5}", address) or not 0 <= index < count:
             raise InputError(
                 f"--distributed is {where!r}; it must be 'auto' or HOST:PORT/INDEX/COUNT with INDEX from 0 to COUNT - 1"
             )
         options = {"coordinator_address": address, "process_id": index, "num_processes": count}
+        if index:
+            _wait_for_coordinator(address, where)
+    _instead_of_abort(
+        f"--distributed {where}: the processes did not find each other within {START_SECONDS} s; start all of them, "
+        "with the same address and COUNT and every INDEX once"
+    )
+    timeouts = {"initialization_timeout": START_SECONDS, "heartbeat_timeout_seconds": HEARTBEAT_SECONDS}
     try:
-        jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS, **options)
+        jax.distributed.initialize(**timeouts, **options)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--distributed {where}: the processes did not find each other: {reason}") from error
+    _instead_of_abort(
+        "JAX ended this process, as it does when another one is gone (its reason is above); "
+        "start all processes again to go on from the newest checkpoint"
+    )
+
+
+def _wait_for_coordinator(address: str, where: str) -> None:
+    """Returns when something answers at the coordinator's address."""
+    host, port = address.rsplit(":", 1)
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
+            return
+        except (OSError, OverflowError) as error:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"--distributed {where}: nothing answered at {address} within {START_SECONDS} s ({error}); "
+                    "start process 0 on that machine, or correct the address"
+                ) from error
+        time.sleep(1)
+
+
+def _instead_of_abort(sentence: str) -> None:
+    """Lets this process end with a sentence where JAX aborts it from C++: when the coordinator is gone or says that
+    another process is. Python's own signal handlers run later than that, and JAX passes no callback from Python on.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def end(_: int) -> None:
+        os.write(2, f"dpir: error: {sentence}\n".encode())
+        _kill_workers()
+        os._exit(2)
+
+    _handlers.append(end)
+    ctypes.CDLL(None).signal(signal.SIGABRT, end)
 
 
 def is_first() -> bool:
@@ -73,16 +126,30 @@ def stop_asked(step: int) -> str | None:
     return None
 
 
+def leave(status: int) -> NoReturn:
+    """Ends this process at once: an orderly end would wait for the others, and they are waiting for this one."""
+    _kill_workers()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
+def _kill_workers() -> None:
+    for worker in multiprocessing.active_children():
+        worker.kill()
+
+
 @contextlib.contextmanager
 def watch_others() -> Iterator[None]:
-    """Turns the failure of a collective into `LostProcess`; with one process it does nothing."""
+    """Turns the failure of a collective into `InputError`, no other failure; with one process it does nothing."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
-            raise
         reason = str(error).splitlines()[0]
-        raise LostProcess(
+        if jax.process_count() == 1 or any(code in reason for code in OWN_FAULTS):
+            raise
+        raise InputError(
             f"process {jax.process_index()} of {jax.process_count()} lost the connection to another one ({reason}); "
             "start all processes again to go on from the newest checkpoint"
         ) from error

@@ -12,7 +12,6 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from dpir_jax.errors import InputError
-from dpir_jax.parallel.processes import LostProcess
 from dpir_jax.training.config import Recipe
 from dpir_jax.training.state import TrainState, fingerprint
 
@@ -33,7 +32,8 @@ SAVED = (
 
 
 class Checkpoints:
-    """The newest `keep` checkpoints under `folder`. A context manager: leaving it waits for the last write.
+    """The newest `keep` checkpoints under `folder`. A context manager: leaving it waits for the last write, unless an
+    error ends one of several processes.
 
     A checkpoint holds the trained part of the state, and as JSON the recipe, the data position and what the state's
     arrays look like. A checkpoint is a folder named by its step; until it is complete it has another name.
@@ -53,8 +53,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if isinstance(error, LostProcess):
-            return  # the processes write together: an unfinished checkpoint will never be whole
+        if error is not None and jax.process_count() > 1:
+            return  # the processes write together: to wait for one that is gone, or waits for this one, has no end
         if "_checkpointer" in self.__dict__:
             with self._writable():
                 self._checkpointer.close()

@@ -79,8 +79,7 @@ def train(
 
     Raises:
       InputError: the mesh does not fit the devices or the batch, the data ends or does not fit, the checkpoint is of
-        another run, a line of the log is broken, or the loss is no longer finite.
-      LostProcess: another process of the run is gone.
+        another run, a line of the log is broken, the loss is no longer finite, or another process of the run is gone.
     """
     started, config = time.monotonic(), recipe.train
     task = recipe.build_task() if task is None else task
@@ -90,6 +89,7 @@ def train(
     batches: Batches = recipe.build_data(places)
     with contextlib.ExitStack() as stack:
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.keep))
+        stack.enter_context(watch_others())
         checkpoints.check(recipe)  # before the networks are made, which may take minutes
         if hasattr(task, "check_embeddings"):
             task.check_embeddings(getattr(batches, "embeddings", ()))
@@ -97,7 +97,6 @@ def train(
         step_fn = make_train_step(task, config, networks, mesh, shardings, rules)
         key = jax.jit(lambda: jax.random.key(config.seed), out_shardings=replicated(mesh))()
         caught = stack.enter_context(_caught_signals())
-        stack.enter_context(watch_others())
 
         first = checkpoints.latest or 0
         position = batches.get_state()
@@ -165,6 +164,7 @@ def train(
         if is_first():
             write_summary(workdir, reason)
         if reason == NOT_FINITE:
+            checkpoints.wait()  # all processes are here
             raise InputError(_not_finite(step, saved))
     return Outcome(step, reason)
 
