@@ -96,6 +96,12 @@ def test_every_preset_trains_as_one_device(name, alone):
     assert shard(state.frozen, "text.kernel") == frozen.get(name, (12, 12))
 
 
+def test_products_in_host_memory_on_eight_devices(alone):
+    losses, state = train(settings(mesh=MESHES["fsdp"], remat="offload"))
+    np.testing.assert_allclose(losses, alone[0], rtol=1e-5)
+    assert_same_weights(state, alone[1])
+
+
 def test_a_convolution_is_not_cut_by_rows():
     """The compiler would do so where its result is cut by tokens, and would add the gradient up too often."""
     mesh = make_mesh(MeshConfig(1, 2, tensor=2, context=2))
