@@ -168,7 +168,7 @@ def test_photos_too_small_for_a_crop_end_the_search(photos):
 def test_contradictory_settings_are_named():
     with pytest.raises(InputError, match=r"task.crops is 2; it needs task.local_crop"):
         EncoderTask.from_config({"crops": 2})
-    with pytest.raises(InputError, match=r"picture.net is 'alex'; picture.dists needs 'vgg'"):
+    with pytest.raises(InputError, match=r"task.picture.net is 'alex'; task.picture.dists needs 'vgg'"):
         PictureLoss(net="alex", dists=1.0)
     with pytest.raises(InputError, match=r"task.rollout_share needs 'x0'"):
         DiTTask.from_config({"loss_kind": "velocity", "rollout_share": 0.5})

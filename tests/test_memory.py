@@ -69,12 +69,14 @@ def work(loss, model, name):
 def test_policies_compute_again_what_they_do_not_store(network):
     loss, make = LOSSES[network]
     model = make()
-    none, dots, full = (work(loss, model, name) for name in ("none", "dots", "full"))
+    none, dots, full, offload = (work(loss, model, name) for name in ("none", "dots", "full", "offload"))
     dear = "conv_general_dilated" if network != "MMDiT" else "dot_general"
     assert dots["rsqrt"] > none["rsqrt"]  # norms are computed again,
     assert full[dear] > none[dear]  # with "full" also the products,
     assert dots["conv_general_dilated"] == none["conv_general_dilated"]  # with "dots" not.
     assert dots["dot_general"] < full["dot_general"]
+    for primitive in ("rsqrt", "conv_general_dilated", "dot_general"):
+        assert offload[primitive] == dots[primitive]  # stored elsewhere, no more is computed
 
 
 def test_policies_change_no_gradient():

@@ -5,6 +5,7 @@ import math
 import struct
 import threading
 import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ from tensorboardX.proto.event_pb2 import Event
 
 from dpir_jax.cli import main
 from dpir_jax.errors import InputError
+from dpir_jax.parallel.topologies import parse_topology
 from dpir_jax.training import clock as clocks
 from dpir_jax.training import loop
+from dpir_jax.training.ahead import is_here
 from dpir_jax.training.clock import StepClock, Tick, spent
 from dpir_jax.training.logging import truncate
 from dpir_jax.training.loop import _mean, _means
@@ -62,12 +65,13 @@ def test_a_step_is_timed_to_its_completion(monkeypatch):
 def test_peaks(monkeypatch):
     assert clocks.peak_flops() is None  # of a CPU
 
-    class Device:
-        device_kind = "TPU v5 lite"
-
-    monkeypatch.setattr(jax, "devices", lambda: [Device()])
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert clocks.peak_flops() == 4 * 197e12
+    kinds = {"TPU v5 lite": "v5e-4", "TPU v5": "v5p:2x2x1", "TPU v6 lite": "v6e-4", "TPU v6e": "v6e-4"}
+    for kind, topology in kinds.items():
+        monkeypatch.setattr(jax, "devices", lambda kind=kind: [types.SimpleNamespace(device_kind=kind)])
+        found = parse_topology(topology)
+        assert clocks.peak_flops() == 4 * found.chip.peak_flops
+        assert is_here(found)
     assert clocks.memory_bytes() > 1e7
 
 

@@ -15,6 +15,7 @@ from dpir_jax.model_folder import load_network
 from dpir_jax.models.layers import Keys
 from dpir_jax.parallel.mesh import make_mesh
 from dpir_jax.training.config import Recipe, TrainConfig, load_recipe
+from dpir_jax.training.export import export
 from dpir_jax.training.logging import truncate, write_sheet
 from dpir_jax.training.state import init_state, schedule
 from dpir_jax.training.step import make_train_step
@@ -186,7 +187,7 @@ def test_overlapping_or_empty_groups_are_errors():
 # --- the loop --------------------------------------------------------------------------------------------------------
 
 
-def test_train_and_export_by_command(tmp_path, capsys):
+def test_train_and_export_by_command(tmp_path, capsys, monkeypatch):
     run, model = tmp_path / "run", tmp_path / "model"
     command = ["train", "--config", RECIPE, "--workdir", str(run), "--config.preview_every=2", "--config.log_every=2"]
     assert main([*command, "--config.steps=3"]) == 0
@@ -201,11 +202,19 @@ def test_train_and_export_by_command(tmp_path, capsys):
     with Image.open(sheets[0]) as sheet:
         assert sheet.size == (16, 8 * 8)
 
+    unfinished = run / "checkpoints" / "4.orbax-checkpoint-tmp"  # what a run that goes on is writing
+    unfinished.mkdir()
     for raw in (False, True):
         assert main(["export", "--workdir", str(run), "--out", str(model), *["--raw"] * raw]) == 0
         net = load_network(model, "net", nnx.eval_shape(lambda: Net(16, rngs=Keys(0))))
         norm = float(jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(net))))
         assert (abs(norm - lines[-1]["param_norm"]) < 1e-4) is raw  # the norm of the last weights, not of the average
+    assert unfinished.is_dir()
+
+    monkeypatch.setattr(ToyTask, "export", lambda task, net, out: exported.append(net.net.blocks.up.kernel.get_value()))
+    exported = []
+    export(run, model)
+    assert exported[0].sharding.shard_shape((2, 16, 32)) == (2, 2, 32)  # cut over all eight devices
 
 
 @pytest.mark.parametrize("below", ["", "run"])

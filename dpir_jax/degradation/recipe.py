@@ -2,8 +2,8 @@
 
 import dataclasses
 
-from dpir_jax.degradation.jpeg import TABLES, Table
-from dpir_jax.errors import InputError
+from dpir_jax.degradation.jpeg import Table
+from dpir_jax.errors import InputError, check_choices
 
 Range = tuple[float, float]
 
@@ -51,8 +51,7 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.scale < 1:
             raise InputError(f"scale must be at least 1, not {self.scale}")
-        if self.jpeg_table not in TABLES:
-            raise InputError(f"jpeg_table must be one of {', '.join(TABLES)}, not {self.jpeg_table!r}")
+        check_choices(self)
 
     @property
     def keeps_size(self) -> bool:

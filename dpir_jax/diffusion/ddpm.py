@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, Int
 from dpir_jax.diffusion.flow import at_level
 from dpir_jax.diffusion.samplers import scan_steps
 from dpir_jax.diffusion.schedule import MAX_STEPS
-from dpir_jax.errors import InputError
+from dpir_jax.errors import InputError, check_choices
 
 Prediction = Literal["epsilon", "velocity"]
 Spacing = Literal["leading", "linspace", "karras"]
@@ -75,6 +75,9 @@ class DDPMSchedule:
     beta_start: float = 0.00085
     beta_end: float = 0.012
     train_levels: int = 1000
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
     def betas(self) -> Float[np.ndarray, " T"]:
         """The published ("scaled linear") betas, float32."""

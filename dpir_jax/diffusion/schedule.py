@@ -15,11 +15,13 @@ Facts from `FlowMatchEulerDiscreteScheduler` (diffusers 0.29.2, shift 3), which 
 """
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from dpir_jax.errors import InputError
 
 MAX_STEPS = 100  # length of a sampler's table; the number of steps inside it is a traced value
 
@@ -84,7 +86,12 @@ def draw_time(
     """Draws u in [0, 1] for training (arXiv 2403.03206, section 3.1).
 
     `logit_normal`: sigmoid(N(mean, std)). `mode`: `mode_density` of a uniform draw. `uniform`: as it is.
+
+    Raises:
+      InputError: an unknown draw.
     """
+    if draw not in (draws := get_args(Draw)):
+        raise InputError(f"draw is {draw!r}; it must be one of {', '.join(draws)}")
     if draw == "logit_normal":
         return jax.nn.sigmoid(mean + std * jax.random.normal(key, shape))
     u = jax.random.uniform(key, shape)

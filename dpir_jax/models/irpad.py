@@ -36,7 +36,7 @@ from einops import rearrange
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from dpir_jax.errors import InputError
+from dpir_jax.errors import InputError, check_choices
 from dpir_jax.models.layers import dense, layer_norm, scan_blocks, stack
 from dpir_jax.models.precision import FLOAT32, Precision
 from dpir_jax.models.ram import HeadLayer, ram_preprocess
@@ -125,8 +125,7 @@ class IRPADConfig:
     lora_rank = 0  # `HeadLayer` is RAM's, which may be adapted
 
     def __post_init__(self) -> None:
-        if self.candidates not in ("phrases", "sentences"):
-            raise InputError(f"candidates is {self.candidates!r}; it must be 'phrases' or 'sentences'")
+        check_choices(self)
         for name, least in (("intervals", 2), ("looks", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")

@@ -204,12 +204,21 @@ def _keep_products(primitive: Any, *args: Any, **params: Any) -> bool:
     )
 
 
+_offload = policies.offload_dot_with_no_batch_dims("device", "pinned_host")
+_TO_HOST = _offload(jax.lax.dot_general_p, dimension_numbers=(((), ()), ((), ())))  # a class without a public name
+
+
+def _offload_products(primitive: Any, *args: Any, **params: Any) -> Any:
+    """What `_keep_products` keeps, to the host's memory."""
+    return _TO_HOST if _keep_products(primitive, *args, **params) else False
+
+
 # What the backward pass finds stored of each block, beside the block's input. See `use_remat`.
 REMAT = {
     "none": None,
     "dots": _keep_products,
     "full": policies.nothing_saveable,
-    "offload": policies.offload_dot_with_no_batch_dims("device", "pinned_host"),
+    "offload": _offload_products,
 }
 _remat: contextvars.ContextVar[str] = contextvars.ContextVar("remat", default="none")
 _unroll: contextvars.ContextVar[bool] = contextvars.ContextVar("unroll", default=False)
@@ -222,7 +231,7 @@ def use_remat(name: str) -> Iterator[None]:
     Args:
       name: "none" stores everything. "dots" stores the results of matrix products and convolutions and computes the
         rest again (norms, activations, attention). "full" stores only each block's input and computes the block again:
-        a third more time, least memory. "offload" is "dots" with the matrix products kept in the host's memory.
+        a third more time, least memory. "offload" is "dots" with all of that kept in the host's memory.
 
     Raises:
       InputError: there is no such policy.

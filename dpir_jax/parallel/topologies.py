@@ -37,9 +37,13 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A kind of chip and the slices it comes in; `cores`: what one chip counts for in a name such as v5p-128."""
+    """A kind of chip and the slices it comes in; `cores`: what one chip counts for in a name such as v5p-128.
+
+    `kinds`: what `jax.Device.device_kind` may call it.
+    """
 
     chip: Chip
+    kinds: tuple[str, ...]
     cores: int
     shapes: tuple[tuple[int, ...], ...]
 
@@ -52,10 +56,11 @@ _CUBES = (
 )
 # Google Cloud's pages "TPU v5e", "TPU v5p" and "TPU v6e". Links: 1600, 4800 and 3584 Gbit/s each way, per chip.
 GENERATIONS = {
-    "v5e": Generation(Chip("TPU v5e", 197e12, 15.75 * GIB, 819e9, 200e9), 1, _FLAT),
-    "v5p": Generation(Chip("TPU v5p", 459e12, 95.74 * GIB, 2765e9, 600e9), 2, _CUBES),
-    "v6e": Generation(Chip("TPU v6e", 918e12, 31.25 * GIB, 1640e9, 448e9), 1, _FLAT),
+    "v5e": Generation(Chip("TPU v5e", 197e12, 15.75 * GIB, 819e9, 200e9), ("TPU v5 lite", "TPU v5e"), 1, _FLAT),
+    "v5p": Generation(Chip("TPU v5p", 459e12, 95.74 * GIB, 2765e9, 600e9), ("TPU v5", "TPU v5p"), 2, _CUBES),
+    "v6e": Generation(Chip("TPU v6e", 918e12, 31.25 * GIB, 1640e9, 448e9), ("TPU v6 lite", "TPU v6e"), 1, _FLAT),
 }
+CHIPS = {kind: generation.chip for generation in GENERATIONS.values() for kind in generation.kinds}
 _NO_CHIPS = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 from dpir_jax.diffusion.schedule import MAX_STEPS
-from dpir_jax.errors import InputError
+from dpir_jax.errors import InputError, check_choices
 from dpir_jax.restore.color import METHODS, Method
 
 MAX_MEGAPIXELS = 100.0
@@ -21,6 +21,9 @@ class Defaults:
     guidance: float = 1.0
     color: Method = "wavelet"
     sampler: str = "euler"
+
+    def __post_init__(self) -> None:
+        check_choices(self)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,7 +25,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Num
 
 from dpir_jax.diffusion.ddpm import DDPMSchedule
-from dpir_jax.errors import InputError
+from dpir_jax.errors import InputError, check_choices
 from dpir_jax.models.autoencoder import Autoencoder, AutoencoderConfig
 from dpir_jax.models.clip import CLIPText, CLIPTextConfig, CLIPVision, CLIPVisionConfig, clip_preprocess
 from dpir_jax.models.controlnet import ControlNet, ControlNetConfig
@@ -80,16 +80,7 @@ class DaLPSRConfig:
     tile: int = 64
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("image_view", ("photo", "tile")),
-            ("routing", ("split", "both", "caption")),
-            ("objective", ("epsilon", "velocity", "flow")),
-            ("flow", ("latent", "residual")),
-            ("prediction", ("velocity", "x0")),
-            ("start", ("lq", "noise")),
-        ):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        check_choices(self)
         if self.objective != "flow" and (self.flow, self.prediction) != ("latent", "velocity"):
             raise InputError(f"flow {self.flow!r} and prediction {self.prediction!r} need the objective 'flow'")
         if self.autoencoder.latent_channels != self.unet.in_channels:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dpir_jax.errors import InputError
+from dpir_jax.errors import InputError, check_choices
 from dpir_jax.models.autoencoder import Autoencoder, AutoencoderConfig, Encoder
 from dpir_jax.models.clip import CLIPVision, CLIPVisionConfig
 from dpir_jax.models.layers import dense, layer_norm
@@ -56,13 +56,7 @@ class DPIRConfig:
     global_overlap: int = 64
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("prompt_source", ("lq", "restored")),
-            ("flow", ("latent", "residual")),
-            ("prediction", ("velocity", "x0")),
-        ):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        check_choices(self)
         pooled = self.clip_tokens.width + self.clip_embed.projection
         if pooled != self.mmdit.pooled_dim:
             raise InputError(f"mmdit.pooled_dim is {self.mmdit.pooled_dim}, but the two CLIP encoders give {pooled}")

@@ -19,7 +19,7 @@ from dpir_jax.models.platform import use_platform
 from dpir_jax.parallel.compiled import Program, report
 from dpir_jax.parallel.mesh import MeshConfig
 from dpir_jax.parallel.sharding import PRESETS, batch_sharding, replicated
-from dpir_jax.parallel.topologies import GENERATIONS, Chip, Topology, devices
+from dpir_jax.parallel.topologies import CHIPS, Chip, Topology, devices
 from dpir_jax.training.config import Recipe
 from dpir_jax.training.layout import candidates, make_layout
 from dpir_jax.training.state import abstract_state
@@ -159,9 +159,7 @@ def is_here(topology: Topology) -> bool:
 
 
 def _chip_here() -> Chip | None:
-    kinds = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p", "TPU v6 lite": "v6e"}
-    generation = GENERATIONS.get(kinds.get(jax.devices()[0].device_kind, ""))
-    return generation.chip if generation else None
+    return CHIPS.get(jax.devices()[0].device_kind)
 
 
 def measure(recipe: Recipe, batch_per_chip: int | None = None) -> dict[str, Any]:

@@ -35,19 +35,21 @@ class Checkpoints:
     """The newest `keep` checkpoints under `folder`. A context manager: leaving it waits for the last write, unless an
     error ends one of several processes.
 
+    With `keep` None they are only read, and the folder stays as it is: a run may be writing to it.
+
     A checkpoint holds the trained part of the state, and as JSON the recipe, the data position and what the state's
     arrays look like. A checkpoint is a folder named by its step; until it is complete it has another name.
     """
 
-    def __init__(self, folder: Path, keep: int = 1) -> None:
+    def __init__(self, folder: Path, keep: int | None = None) -> None:
         self._folder, self._keep = Path(folder).absolute(), keep
         self._frozen: str | None = None
 
     @functools.cached_property
     def _checkpointer(self) -> ocp.training.Checkpointer:
         """Opened when it is first needed: it makes the folder."""
-        policy = ocp.training.preservation_policies.LatestN(self._keep)
-        return ocp.training.Checkpointer(self._folder, preservation_policy=policy, cleanup_tmp_directories=True)
+        policy, writes = ocp.training.preservation_policies.LatestN(self._keep), self._keep is not None
+        return ocp.training.Checkpointer(self._folder, preservation_policy=policy, cleanup_tmp_directories=writes)
 
     def __enter__(self) -> "Checkpoints":
         return self

@@ -21,13 +21,11 @@ from typing import NamedTuple
 
 import jax
 
-from dpir_jax.parallel.topologies import GENERATIONS
+from dpir_jax.parallel.topologies import CHIPS
 
 # jax.Device.device_kind -> bfloat16 FLOP/s; the GPUs' (SXM) from NVIDIA's data sheets, dense
 PEAKS = {
-    **{kind: GENERATIONS["v5e"].chip.peak_flops for kind in ("TPU v5 lite", "TPU v5e")},
-    **{kind: GENERATIONS["v5p"].chip.peak_flops for kind in ("TPU v5", "TPU v5p")},
-    **{kind: GENERATIONS["v6e"].chip.peak_flops for kind in ("TPU v6 lite", "TPU v6e")},
+    **{kind: chip.peak_flops for kind, chip in CHIPS.items()},
     "TPU v4": 275e12,
     "NVIDIA A100-SXM4-40GB": 312e12,
     "NVIDIA A100-SXM4-80GB": 312e12,

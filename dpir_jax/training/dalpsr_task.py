@@ -37,8 +37,8 @@ from dpir_jax.degradation import Recipe, interval, severities, with_severities
 from dpir_jax.diffusion import ddpm
 from dpir_jax.diffusion.flow import interpolate, velocity_loss
 from dpir_jax.diffusion.samplers import euler
-from dpir_jax.diffusion.schedule import FlowSchedule, draw_time
-from dpir_jax.errors import InputError
+from dpir_jax.diffusion.schedule import Draw, FlowSchedule, draw_time
+from dpir_jax.errors import InputError, check_choices
 from dpir_jax.models.controlnet import ControlNet, start_from
 from dpir_jax.models.irpad import IRPAD
 from dpir_jax.models.layers import Keys, silence
@@ -222,7 +222,7 @@ class DaLPSRTask:
     captions: Literal["attributes", "files", "none"] = "attributes"
     caption_dropout: float = 0.5
     degradation_dropout: float = 0.1
-    time: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    time: Draw = "logit_normal"
     shift: float = 3.0
     start_share: float = 0.0
     loss_kind: Literal["x0", "velocity"] = "x0"
@@ -239,15 +239,7 @@ class DaLPSRTask:
     adversary = None
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("system", tuple(SYSTEMS)),
-            ("train", ("control", "joint")),
-            ("degradation", ("oracle", "predicted", "mix")),
-            ("captions", ("attributes", "files", "none")),
-            ("loss_kind", ("x0", "velocity")),
-        ):
-            if getattr(self, name) not in choices:
-                raise InputError(f"task.{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+        check_choices(self, "task.", system=SYSTEMS)
         if self.degradation != "oracle" and self.irpad is None:
             raise InputError(f"task.degradation is {self.degradation!r}; task.irpad must name an IRPAD")
         if self.claims and not any(self._once(name) for name in self.recipes):

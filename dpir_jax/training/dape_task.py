@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from dpir_jax import model_folder
 from dpir_jax.degradation import Recipe
-from dpir_jax.errors import InputError
+from dpir_jax.errors import InputError, check_choices
 from dpir_jax.models.layers import Keys
 from dpir_jax.models.ram import RAM, RAMConfig, dape_losses, ram_preprocess
 from dpir_jax.systems.config_json import to_json
@@ -57,8 +57,7 @@ class DAPETask:
     adversary = None
 
     def __post_init__(self) -> None:
-        if self.system not in SYSTEMS:
-            raise InputError(f"task.system is {self.system!r}; it must be one of {', '.join(SYSTEMS)}")
+        check_choices(self, "task.", system=SYSTEMS)
         if self.init_from is None:
             raise InputError("task.init_from must name the model folder of RAM")
 

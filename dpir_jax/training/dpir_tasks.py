@@ -26,8 +26,8 @@ from dpir_jax.data.embeddings import NETWORKS, Embeddings
 from dpir_jax.degradation import Plan, Recipe, apply_plan, draw_plan
 from dpir_jax.diffusion.flow import interpolate, loss_weight, velocity_loss
 from dpir_jax.diffusion.samplers import euler
-from dpir_jax.diffusion.schedule import FlowSchedule, draw_time
-from dpir_jax.errors import InputError
+from dpir_jax.diffusion.schedule import Draw, FlowSchedule, draw_time
+from dpir_jax.errors import InputError, check_choices
 from dpir_jax.metrics.dists import dists_distance, dists_weights, l2_pool
 from dpir_jax.metrics.lpips import LPIPS
 from dpir_jax.metrics.trunks import MetricWeight
@@ -46,7 +46,6 @@ from dpir_jax.training.adversary import Discriminator, adversarial_losses
 from dpir_jax.training.time_bins import loss_by_time
 
 TRUNK_CHANNELS = {"vgg": (64, 128, 256, 512, 512), "alex": (64, 192, 384, 256, 256)}
-TEXTS = ("none", "stored", "step")
 SYSTEMS = {"tiny": DPIRConfig.tiny, "nano": DPIRConfig.nano, "sd3_medium": DPIRConfig.sd3_medium}
 
 
@@ -74,8 +73,9 @@ class PictureLoss:
     weights: str | None = None
 
     def __post_init__(self) -> None:
+        check_choices(self, "task.picture.")
         if self.dists and self.net != "vgg":
-            raise InputError(f"picture.net is {self.net!r}; picture.dists needs 'vgg'")
+            raise InputError(f"task.picture.net is {self.net!r}; task.picture.dists needs 'vgg'")
 
     @property
     def needs_critics(self) -> bool:
@@ -345,6 +345,7 @@ class EncoderTask:
     adversary = None  # `adversarial_losses` serves both sides in one backward pass
 
     def __post_init__(self) -> None:
+        check_choices(self, "task.", system=SYSTEMS)
         if self.crops > 1 and self.local_crop is None:
             raise InputError(f"task.crops is {self.crops}; it needs task.local_crop")
 
@@ -456,7 +457,7 @@ class DiTTask:
     local_crop: int = 128
     crops: int = 1
     loss_kind: Literal["x0", "velocity"] = "x0"
-    time: Literal["logit_normal", "uniform", "mode"] = "logit_normal"
+    time: Draw = "logit_normal"
     start_share: float = 0.0
     rollout_share: float = 0.0
     shift: float = 3.0
@@ -477,6 +478,7 @@ class DiTTask:
     adversary = None
 
     def __post_init__(self) -> None:
+        check_choices(self, "task.", system=SYSTEMS)
         if self.rollout_share and self.loss_kind != "x0":
             raise InputError(f"task.loss_kind is {self.loss_kind!r}; task.rollout_share needs 'x0'")
         system = SYSTEMS[self.system]()
@@ -486,8 +488,6 @@ class DiTTask:
             )
         if self.train_encoder and self.picture is None:
             raise InputError("task.train_encoder needs task.picture: nothing else would train E_dr")
-        if self.text not in TEXTS:
-            raise InputError(f"task.text is {self.text!r}; it must be one of {', '.join(TEXTS)}")
         if self.text != "none" and system.t5 is None:
             raise InputError(f"task.system is {self.system!r}, which takes no text; task.text must be 'none'")
         if self.stored_latents and self.crops != 1:

@@ -25,7 +25,8 @@ def export(workdir: Path, out: Path, *, raw: bool = False) -> int:
             raise InputError(f"the training run in {workdir} has no checkpoint yet")
         recipe = checkpoints.recipe()
         task = recipe.build_task()
-        state, networks, _ = init_state(task, recipe.train, make_mesh(MeshConfig()))
+        mesh = make_mesh(MeshConfig(data=1, fsdp=-1))  # the state need not fit on one device
+        state, networks, _ = init_state(task, recipe.train, mesh)
         state, _ = checkpoints.restore(state, recipe)
     weights = state.params if raw else {k: v.astype(state.params[k].dtype) for k, v in state.ema.items()}
     task.export(networks.merge(weights, state.adversary, state.frozen), Path(out))

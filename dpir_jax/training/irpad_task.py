@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 from dpir_jax import model_folder
 from dpir_jax.degradation import Recipe, degrade, interval, severities
 from dpir_jax.degradation.jpeg import TABLES
-from dpir_jax.errors import InputError
+from dpir_jax.errors import InputError, check_choices
 from dpir_jax.models.irpad import IRPAD, IRPADConfig
 from dpir_jax.models.layers import Keys
 from dpir_jax.models.ram import RAM, RAMConfig
@@ -89,8 +89,7 @@ class IRPADTask:
     adversary = None
 
     def __post_init__(self) -> None:
-        if self.system not in SYSTEMS:
-            raise InputError(f"task.system is {self.system!r}; it must be one of {', '.join(SYSTEMS)}")
+        check_choices(self, "task.", system=SYSTEMS)
         if self.config.crop > self.region:
             raise InputError(f"task.region is {self.region}; {self.system} looks at {self.config.crop} pixels at once")
 

@@ -5,6 +5,8 @@ import os
 from collections.abc import Sequence
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from dpir_jax.errors import InputError
@@ -31,7 +33,7 @@ def make_layout(
       task: whose state is to be placed.
       config: the run's settings.
       devices: default: all.
-      device_memory: bytes of one device; None: what the device says, on a CPU an equal part of the machine's.
+      device_memory: bytes of one device; None: what the smallest says, on a CPU an equal part of the machine's.
 
     Raises:
       InputError: the settings fit neither the devices nor each other, or with `auto` nothing fits into memory.
@@ -42,7 +44,7 @@ def make_layout(
         rules = preset(config.sharding, mesh)
         check_batch(config.batch, mesh, config.accumulate)
         return mesh, rules
-    room = STATE_SHARE * (device_memory or memory_of(devices[0]))
+    room = STATE_SHARE * (device_memory or least_memory(devices))
     needs = {}
     for name, shape in candidates(len(devices), config.batch // config.accumulate):
         mesh = make_mesh(shape, devices)
@@ -80,6 +82,14 @@ def candidates(devices: int, samples: int) -> list[tuple[str, MeshConfig]]:
 def _with_tensor(devices: int) -> MeshConfig:
     tensor = math.gcd(devices, MAX_TENSOR)
     return MeshConfig(data=1, fsdp=devices // tensor, tensor=tensor)
+
+
+def least_memory(devices: Sequence[jax.Device]) -> float:
+    """Bytes of the smallest device. Each process can ask its own only, and all have to ask at the same place."""
+    own = min(memory_of(device) for device in devices if device.process_index == jax.process_index())
+    if jax.process_count() == 1:
+        return own
+    return float(multihost_utils.process_allgather(np.float32(own)).min())  # int32 would be too short
 
 
 def memory_of(device: jax.Device) -> int:

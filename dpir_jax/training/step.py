@@ -12,7 +12,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dpir_jax.models.layers import use_remat, use_unrolled_blocks
 from dpir_jax.models.placement import use_placement
 from dpir_jax.parallel.mesh import compiler_options
-from dpir_jax.parallel.sharding import BATCH_AXES, FSDP, ShardingRules, batch_sharding, placement, replicated
+from dpir_jax.parallel.sharding import (
+    BATCH_AXES,
+    FSDP,
+    ShardingRules,
+    batch_sharding,
+    parameter_shardings,
+    placement,
+    replicated,
+)
 from dpir_jax.training.config import TrainConfig
 from dpir_jax.training.state import Arrays, Networks, TrainState, optimizers, schedule
 from dpir_jax.training.task import Batch, Metrics, Task
@@ -44,6 +52,10 @@ def make_train_step(
     learning_rate = schedule(config)
     activations = placement(mesh, rules)
 
+    def cut(group: Arrays) -> dict[str, NamedSharding]:
+        shapes = {name: value.shape for name, value in group.items()}
+        return parameter_shardings(networks.axes, shapes, mesh, rules.for_optimizer)
+
     def gradients(state: TrainState, batch: Batch, key: jax.Array) -> tuple[Metrics, dict[str, Arrays]]:
         def loss(params: Arrays) -> tuple[jax.Array, Metrics]:
             return task.loss(networks.merge(params, state.adversary, state.frozen), batch, key)
@@ -58,8 +70,7 @@ def make_train_step(
                 (value, extra), found = jax.value_and_grad(adversary_loss, has_aux=True)(state.adversary)
                 metrics, groups = metrics | extra | {"adversary_loss": value}, groups | {"adversary": found}
         if mesh.size > 1:  # scattered over the devices as soon as they are there
-            places = {"params": shardings.ema, "adversary": shardings.adversary}
-            groups = {name: jax.lax.with_sharding_constraint(group, places[name]) for name, group in groups.items()}
+            groups = {name: jax.lax.with_sharding_constraint(group, cut(group)) for name, group in groups.items()}
         return metrics, groups
 
     def train_step(state: TrainState, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
