@@ -1,7 +1,7 @@
 """The TFDS builder `dpir_photos`: a photo collection with captions, sizes, licences and sources, in ArrayRecord files.
 
     dpir pack PHOTOS --out OUT                          (= build(PHOTOS, OUT))
-    dpir pack PHOTOS --out OUT --beam="--runner=DataflowRunner --project=..."
+    dpir pack PHOTOS --out OUT --beam="--runner=FlinkRunner ..."
 
 `PHOTOS` is searched recursively. Its sub-folders `train`, `validation` and `test`, where there are any, become splits;
 else all of it is `train`. What is known of a photo stands in `metadata.jsonl` in the photo's own folder, an object per
@@ -11,7 +11,7 @@ line, as Hugging Face's image folders have it:
 
 A caption may also stand beside the photo, in `NAME.txt`. JPEG and PNG files are kept bit for bit; other formats become
 PNG. Every photo is decoded once here, and what cannot be decoded is left out with a warning, so that a training run
-meets no damaged file. With Beam a folder is the unit of work.
+meets no damaged file. With Beam a folder is the unit of work, and all workers see the same file system.
 
 Only this module imports tensorflow-datasets (extra [tfds]). Neither `build` nor reading needs TensorFlow; TFDS's own
 command `tfds build` does.
