@@ -154,7 +154,7 @@ def best(reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
 
 
 def is_here(topology: Topology) -> bool:
-    """Whether the devices of this machine (or of this process's group) are the topology."""
+    """Whether the devices of this machine are the topology."""
     return _chip_here() == topology.chip and jax.device_count() == topology.chips
 
 
