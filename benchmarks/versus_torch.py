@@ -28,8 +28,9 @@ LEARNING_RATE = 1e-4
 PROFILE = """
 Seconds of one run under the profilers, torch / ours, by kind of work. Last: the arithmetic of the plain form, and how
 long all of it would take at the speed of NumPy's product of 2,048 x 2,048 matrices, measured right after: only what
-multiplies less (Winograd) can go below that. Copies of MMDiT's are mostly the blocks' weights, out of their stack, and
-gradients, into it. What was tried: docs/speed_notes.md.
+multiplies less (Winograd) can go below that. What runs beside a product and ends before it counts as the product's.
+Copies of MMDiT's are mostly the blocks' weights, out of their stack, and gradients, into it. What was tried:
+docs/speed_notes.md.
 """
 
 
