@@ -1,14 +1,12 @@
 """Two real processes over loopback: the same losses as one, one of them killed, both told to stop."""
 
 import json
-import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -18,9 +16,11 @@ from dpir_jax.errors import InputError
 from dpir_jax.parallel import processes
 from dpir_jax.training.config import load_recipe
 from dpir_jax.training.loop import train
-from tests.test_resume import compiled_once, lines  # noqa: F401
+from tests.test_resume import lines
+from tests.two_processes import ROOT, outputs_of, start_two
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.usefixtures("compiled_once")
+
 SETTINGS = ["--config.sharding=zero1", "--config.checkpoint_every=2", "--config.keep=99"]
 
 
@@ -28,22 +28,15 @@ def recipe(*overrides):
     return load_recipe(str(ROOT / "tests" / "toy_recipe.py"), [*SETTINGS, *overrides])
 
 
-def start_two(workdir, environment, own, *overrides):
+def train_two(workdir, environment, own, *overrides):
     """Two processes of four devices; `own[i]`: what is set for process i alone."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
     start = "import sys; from dpir_jax.cli import main; sys.exit(main())"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
 
-    def process(index):
-        where = ["--workdir", str(workdir), "--distributed", f"{address}/{index}/2"]
-        command = [sys.executable, "-c", start, "train", "--config", "tests/toy_recipe.py", *where]
-        environ = os.environ | environment | flags | own.get(index, {})
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        return subprocess.Popen([*command, *SETTINGS, *overrides], cwd=ROOT, env=environ, **pipes)
+    def arguments(where, _):
+        command = ["-c", start, "train", "--config", "tests/toy_recipe.py", "--workdir", str(workdir)]
+        return [*command, "--distributed", where, *SETTINGS, *overrides]
 
-    return process(0), process(1)
+    return start_two(arguments, {index: environment | own.get(index, {}) for index in range(2)})
 
 
 def end_of_both(pair, victim):
@@ -68,10 +61,10 @@ slow = pytest.mark.slow
 
 
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=slow)])
-def test_killed_and_started_again(tmp_path, compiled_once, victim):  # noqa: F811
+def test_killed_and_started_again(tmp_path, compiled_once, victim):
     # Killed while step 8 runs. The write of step 6 has waited for that of step 3.
     often = ["--config.steps=200", "--config.checkpoint_every=3"]
-    pair = start_two(tmp_path, compiled_once, {victim: {"TOY_SIGNAL_AT_8": "SIGKILL"}}, *often)
+    pair = train_two(tmp_path, compiled_once, {victim: {"TOY_SIGNAL_AT_8": "SIGKILL"}}, *often)
     end_of_both(pair, victim)
     assert pair[victim].returncode == -signal.SIGKILL
     before, saved, times = lines(tmp_path), max(steps_in(tmp_path)), seconds(tmp_path)
@@ -80,8 +73,8 @@ def test_killed_and_started_again(tmp_path, compiled_once, victim):  # noqa: F81
 
     # Started again, they compute the same once more, until one of them is told to stop.
     slowly = compiled_once | {"TOY_SECONDS": "0.2"}
-    both = start_two(tmp_path, slowly, {1 - victim: {"TOY_SIGNAL_AT_8": "SIGTERM"}}, "--config.steps=200")
-    outputs = [process.communicate(timeout=300)[0] for process in both]
+    both = train_two(tmp_path, slowly, {1 - victim: {"TOY_SIGNAL_AT_8": "SIGTERM"}}, "--config.steps=200")
+    outputs = outputs_of(both)
     assert [process.returncode for process in both] == [128 + signal.SIGTERM] * 2, outputs
     after = lines(tmp_path)
     again = [old != new for old, new in zip(times, seconds(tmp_path))]
@@ -114,14 +107,14 @@ def seconds(workdir):
         pytest.param(0, {"TOY_ERROR_AT_4": "KeyboardInterrupt"}, 130, "dpir: interrupted", marks=slow),
     ],
 )
-def test_an_error_in_one_process_ends_both(tmp_path, compiled_once, victim, cause, status, words):  # noqa: F811
-    pair = start_two(tmp_path, compiled_once, {victim: cause})
+def test_an_error_in_one_process_ends_both(tmp_path, compiled_once, victim, cause, status, words):
+    pair = train_two(tmp_path, compiled_once, {victim: cause})
     output, _ = end_of_both(pair, victim)
     assert pair[victim].returncode == status
     assert output.splitlines()[-1] == words
 
 
-def test_a_checkpoint_that_is_not_finished_does_not_count(tmp_path, compiled_once):  # noqa: F811
+def test_a_checkpoint_that_is_not_finished_does_not_count(tmp_path, compiled_once):
     settings = recipe("--config.steps=2", "--config.checkpoint_every=1")
     train(settings, tmp_path, progress=False)
     whole = lines(tmp_path)

@@ -9,16 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from dpir_jax.errors import InputError
 from dpir_jax.training import loop
 from dpir_jax.training.config import load_recipe
 from dpir_jax.training.loop import train
 from tests.toy_task import ToyTask
+
+pytestmark = pytest.mark.usefixtures("compiled_once")
 
 RECIPE = "tests/toy_recipe.py:gan"
 ROOT = Path(__file__).parent.parent
@@ -34,23 +34,8 @@ def lines(workdir):
         return [{name: v for name, v in json.loads(line).items() if name not in timeless} for line in file]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """Every run here compiles the same step: keep it on disk, for the subprocess too."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    for name, value in zip(names, (folder, 0.5)):
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield {"JAX_COMPILATION_CACHE_DIR": folder, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5"}
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, compiled_once):
     """A run of 6 steps that nothing disturbed, and its checkpoints of steps 3 and 6."""
     workdir = tmp_path_factory.mktemp("whole")
     assert train(recipe(), workdir, progress=False).reason == "done"

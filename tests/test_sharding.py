@@ -1,11 +1,5 @@
 """The mesh, the rules from letters to shardings, and that a mesh does not change the losses."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
@@ -19,6 +13,7 @@ from dpir_jax.training.config import TrainConfig
 from dpir_jax.training.state import fingerprint, init_state
 from dpir_jax.training.step import make_train_step
 from tests.toy_task import ToyTask, counter
+from tests.two_processes import outputs_of, start_two
 
 CONFIG = TrainConfig(steps=10, batch=8, learning_rate=1e-2, warmup_steps=2)
 
@@ -116,9 +111,9 @@ INTERLEAVED = """
 import sys
 import jax, numpy as np
 from jax.sharding import AxisType, Mesh
+from dpir_jax.parallel import processes
 from dpir_jax.parallel.sharding import process_places, put_batch
-address, index = sys.argv[1:]
-jax.distributed.initialize(address, 2, int(index))
+processes.start(sys.argv[1])
 grid = np.array(jax.devices())[[0, 2, 3, 1]].reshape(2, 2)
 mesh = Mesh(grid, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 whole = np.arange(8 * 3, dtype=np.float32).reshape(8, 3)
@@ -131,15 +126,7 @@ print("places", places)
 
 
 def test_two_processes_that_alternate_along_the_mesh():
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "env": os.environ | flags}
-    command = [sys.executable, "-c", INTERLEAVED, address]
-    root = Path(__file__).parent.parent
-    both = [subprocess.Popen([*command, str(index)], cwd=root, **pipes) for index in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
+    outputs = outputs_of(start_two(lambda where, _: ["-c", INTERLEAVED, where], devices=2))
     assert "places (0, 1, 6, 7)" in outputs[0]
     assert "places (2, 3, 4, 5)" in outputs[1]
 
@@ -147,6 +134,8 @@ def test_two_processes_that_alternate_along_the_mesh():
 def test_a_batch_that_the_mesh_does_not_divide():
     with pytest.raises(InputError, match=r"batch is 12.*multiple of 8"):
         check_batch(12, make_mesh(MeshConfig(2, 4)))
+    with pytest.raises(ValueError, match="partitioned 8 times"):  # no sample is dropped
+        put_batch({"x": np.zeros((12, 2))}, make_mesh(MeshConfig(2, 4)))
 
 
 def test_rules():

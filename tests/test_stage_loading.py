@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sentencepiece
-from jax.experimental.compilation_cache import compilation_cache as jax_cache
 from PIL import Image
 from sentencepiece import sentencepiece_model_pb2
 from transformers import T5Tokenizer
@@ -30,22 +29,9 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz"
 OPTIONS = {"scale": 1, "steps": 1, "color": "none"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compiled_once(tmp_path_factory):
-    """Programs are kept for these tests alone: most of them restore the same photo with the same model."""
-    wanted = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.1,
-    }
-    before = {name: getattr(jax.config, name) for name in wanted}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compilation_cache, "enable", lambda: None)
-        for settings in (wanted, before):
-            for name, value in settings.items():
-                jax.config.update(name, value)
-            jax_cache.reset_cache()
-            if settings is wanted:
-                yield
+@pytest.fixture(autouse=True)
+def no_cache_of_users(monkeypatch, compiled_once):
+    monkeypatch.setattr(compilation_cache, "enable", lambda: None)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ class MeshConfig:
     """Devices along each mesh axis; one axis may be -1, "all that are left". What an axis cuts, the sharding says.
 
     `data` and `fsdp` may both be -1: `fsdp` then takes up to 16 of the devices left, `data` the rest. Larger groups
-    save little memory and gather more. A group that is the whole torus of 16, 64 or 256 chips also sums gradients
+    save little memory and gather more. A group that is the whole torus of 16, 64 or 256 chips may also sum gradients
     whole on every chip, where the compiler for TPUs scatters them in others (docs/sharding.md).
 
     data: copies of the model, each with its share of the batch.

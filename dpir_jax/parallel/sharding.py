@@ -240,12 +240,13 @@ def put_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     sharding, parts, pieces = batch_sharding(mesh), batch_parts(mesh), _pieces(mesh)
 
     def put(value: Any) -> jax.Array:
-        size = len(value) // len(pieces)
+        whole = len(value) * parts // len(pieces)  # JAX refuses what the parts do not divide
+        size = whole // parts
 
         def part(index: tuple[slice, ...]) -> Any:
             mine = pieces.index((index[0].start or 0) // size)
             return value[mine * size : (mine + 1) * size]
 
-        return jax.make_array_from_callback((size * parts, *value.shape[1:]), sharding, part)
+        return jax.make_array_from_callback((whole, *value.shape[1:]), sharding, part)
 
     return {name: put(value) for name, value in batch.items()}
