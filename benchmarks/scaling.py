@@ -2,13 +2,12 @@
 
     python benchmarks/scaling.py [--results runs/scaling] [--only v5p-8] [--full-effort] [--page-only]
 
-Needs libtpu (`pip install 'dpir-jax[tpu]'`) and no TPU. A row that is already measured with the same code is passed
-over, so that the command can be stopped and started again. A row is minutes of compilation; each is a process of its
-own, `dpir compile`.
+Needs libtpu (`pip install 'dpir-jax[tpu]'`) and no TPU. A row that is already there for the same program is passed
+over, so that the command can be stopped and started again; after a change in how programs are read
+(`dpir_jax/parallel`) remove the results. A row is minutes of compilation; each is a process of its own, `dpir compile`.
 """
 
 import argparse
-import ast
 import dataclasses
 import datetime
 import hashlib
@@ -17,10 +16,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 from page import machine
+
+from dpir_jax.models.platform import use_platform
+from dpir_jax.parallel.topologies import devices, parse_topology
+from dpir_jax.training.ahead import abstract_step, with_batch
+from dpir_jax.training.config import load_recipe
 
 ROOT = Path(__file__).parent.parent
 GIB, GB = 2**30, 1e9
@@ -48,33 +52,15 @@ CASES = (
 SLICES = ("v5p-8", "v5e-16", "v5e-256", "v6e-16", "v5p-128", "v6e-256")
 
 
-def imported(path: Path) -> Iterator[Path]:
-    """Our modules that a file of ours imports."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "dpir_jax":
-            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names)):
-                module = ROOT / name.replace(".", "/")
-                yield from (each for each in (module.with_suffix(".py"), module / "__init__.py") if each.is_file())
-
-
-def sources(case: Case) -> list[Path]:
-    """All modules of ours that a step is made of."""
-    waiting, found = [ROOT / "dpir_jax" / "training" / f"{name}.py" for name in ("ahead", case.task)], set()
-    while waiting:
-        if (path := waiting.pop()) not in found:
-            found.add(path)
-            waiting += imported(path)
-    return sorted(found)
-
-
-def version(case: Case) -> str:
-    """A short checksum of everything that the compiled step depends on."""
-    total = hashlib.sha256()
-    for path in [*sources(case), ROOT / case.config.partition(":")[0]]:
-        total.update(path.read_bytes())
-    for package in ("jax", "libtpu", "flax", "optax"):
-        total.update(f"{package} {importlib.metadata.version(package)}".encode())
-    return total.hexdigest()[:12]
+def program(case: Case, name: str) -> str:
+    """A short checksum of the program that is compiled, and of its compiler."""
+    topology = parse_topology(name)
+    recipe = load_recipe(str(ROOT / case.config), case.overrides)
+    recipe = with_batch(recipe, case.batches[topology.generation], topology.chips)
+    step = abstract_step(recipe, devices(topology), topology.chip.memory)
+    with use_platform("tpu"):
+        text = step.function.trace(*step.arguments).lower().as_text()
+    return hashlib.sha256(f"{importlib.metadata.version('libtpu')} {text}".encode()).hexdigest()[:12]
 
 
 def row_file(results: Path, case: Case, name: str) -> Path:
@@ -84,10 +70,10 @@ def row_file(results: Path, case: Case, name: str) -> Path:
 
 def measure(results: Path, case: Case, name: str, full_effort: bool = False) -> None:
     """Compiles one row, unless it is there; a row of full effort stands for one of less."""
-    out, batch, key = row_file(results, case, name), case.batches[name.partition("-")[0]], version(case)
+    out, batch, key = row_file(results, case, name), case.batches[name.partition("-")[0]], program(case, name)
     found = json.loads(out.read_text()) if out.is_file() else {}
     enough = not full_effort or not found.get("effort")
-    if enough and (found.get("version"), found.get("batch_per_chip")) == (key, batch):
+    if enough and found.get("program") == key:
         print(f"{case.name} on {name}: is there")
         return
     print(f"{case.name} on {name}, {batch} images a chip ...", flush=True)
@@ -98,7 +84,7 @@ def measure(results: Path, case: Case, name: str, full_effort: bool = False) -> 
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     if subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode not in (0, 1) or not raw.is_file():
         raise SystemExit(f"{case.name} on {name} could not be compiled")
-    facts = {"case": case.name, "version": key, "date": str(datetime.date.today()), "cores": os.cpu_count()}
+    facts = {"case": case.name, "program": key, "date": str(datetime.date.today()), "cores": os.cpu_count()}
     facts |= {package: importlib.metadata.version(package) for package in ("jax", "libtpu")}
     facts["machine"] = machine()
     raw.write_text(json.dumps(facts | json.loads(raw.read_text()), indent=2) + "\n")
@@ -145,7 +131,7 @@ def line(row: dict) -> str:
             top["bound"] if top else "?",
             f"{top['images_per_second_per_chip']:.1f}" if top else "?",
             f"{row['seconds']['compile']:.0f} ({row['seconds']['cpu']:.0f}{'' if row['effort'] else ', full effort'})",
-            f"{row['date']}, {row['version']} |",
+            f"{row['date']}, {row['program']} |",
         )
     )
 
@@ -167,6 +153,7 @@ def main() -> None:
     parser.add_argument("--full-effort", action="store_true", help="compile with `dpir compile --full-effort`")
     parser.add_argument("--page-only", action="store_true", help="write the page from what is there")
     arguments = parser.parse_args()
+    jax.config.update("jax_platforms", "cpu")
     arguments.results.mkdir(parents=True, exist_ok=True)
     for case in CASES:
         for name in SLICES:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 from jax.sharding import AxisType
 
@@ -137,6 +138,44 @@ def test_cudnn_is_called_with_the_same_meaning(monkeypatch, masked):
     keep, bias = mask()[:, :-1] if masked else None, biases()["each"][..., :-1, :-1]
     found = attention(q, k, v, mask=keep, bias=bias, scale=0.7, backend="cudnn").astype(jnp.float32)
     np.testing.assert_allclose(found, by_hand(q, k, v, keep, bias, 0.7), atol=0.03)
+
+
+@pytest.fixture
+def context_mesh():
+    """Two pieces of the samples, two of the queries."""
+    mesh = jax.make_mesh((2, 2), ("data", "context"), devices=jax.devices()[:4], axis_types=(AxisType.Auto,) * 2)
+    return Placement(mesh, {"B": ("data",), "T": ("context",)})
+
+
+def test_cudnn_runs_per_device_of_a_mesh(monkeypatch, context_mesh):
+    plain, pieces = jax.nn.dot_product_attention, []
+
+    def piece(q, k, v, *, implementation, **options):
+        pieces.append((q.shape, k.shape))
+        return plain(q, k, v, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", piece)
+    q, k, v = (x[:, : 2 * (x.shape[1] // 2)] for x in operands(dtype=jnp.bfloat16))  # 6 queries: pieces of 3
+    keep = mask()[:, :8]
+    for mask_of_keys, queries in ((None, 3), (keep, 4)):
+        with use_placement(context_mesh):
+            found = jax.jit(lambda *a, m=mask_of_keys: attention(*a, mask=m, backend="cudnn"))(q, k, v)
+        assert pieces.pop() == ((1, queries, HEADS, WIDTH), (1, 8, HEADS, WIDTH))
+        expected = by_hand(q, k, v, mask_of_keys, None, WIDTH**-0.5)
+        np.testing.assert_allclose(found.astype(jnp.float32), expected, atol=0.03)
+
+
+def test_cudnn_is_lowered_for_gpus_with_the_queries_cut(monkeypatch, context_mesh):
+    """JAX's own partitioner of this kernel refuses queries and keys that are cut differently."""
+    for name, found in (("check_cudnn_version", 91000), ("check_compute_capability", True)):
+        monkeypatch.setattr(fused_attention_stablehlo, name, lambda *a, found=found: found)
+    monkeypatch.setattr(fused_attention_stablehlo, "is_cuda_compute_capability_equal", lambda *a: False)
+    q = jax.ShapeDtypeStruct((4, 128, 4, 64), jnp.bfloat16)
+    with use_placement(context_mesh):
+        traced = jax.jit(jax.grad(lambda *a: attention(*a, backend="cudnn").astype(jnp.float32).sum())).trace(q, q, q)
+        program = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert program.count("@__cudnn$fmha") == 2  # forward, backward
+    assert "CustomSPMDPartitioning" not in program
 
 
 @pytest.fixture

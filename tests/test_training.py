@@ -82,6 +82,8 @@ def test_our_recipes_build_their_task(name):
         ("--config.schedule=linear", "config.schedule is 'linear'; it must be 'constant' or 'cosine'"),
         ("--config.warmup_steps=7", "config.warmup_steps is 7; it must be at most steps"),
         ("--config.decay_steps=2", "config.decay_steps is 2; it must be 0 when schedule is 'constant'"),
+        ("--config.learning_rate=inf", "config.learning_rate is inf; it must be a finite number"),
+        ("--config.clip_norm=nan", "config.clip_norm is nan; it must be a finite number"),
         ("--config.ema_decay=1", "config.ema_decay is 1.0; it must be at least 0 and below 1"),
         ("--steps=3", "expected --config.FIELD=VALUE"),
         ("--config.steps", "expected --config.FIELD=VALUE"),
@@ -90,6 +92,34 @@ def test_our_recipes_build_their_task(name):
 def test_a_bad_override_names_the_setting(override, word):
     with pytest.raises(InputError, match=word):
         load_recipe(RECIPE, [override])
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "words"),
+    [
+        (
+            "dalpsr_sd2.py",
+            {"local_crop": 256},
+            "task.local_crop is 256, config.data.local_crop is 512; they must be the",
+        ),
+        ("irpad_ram.py", {"region": 512}, "task.region is 512, config.data.local_crop is 768; they must be the same"),
+        ("dpir_sd3_medium.py:dit", {"local_crop": 520}, "task.local_crop is 520; it must be a multiple of 16"),
+        ("dpir_nano.py:encoder", {"local_crop": 0}, "task.local_crop is 0; it must be a multiple of 4"),
+        ("dalpsr_sd2.py", {"local_crop": 500}, "task.local_crop is 500; it must be a multiple of 8"),
+        ("dalpsr_sd2.py", {"recipes": ("haevy",)}, "unknown recipe 'haevy'; choose one of realesrgan"),
+        ("dpir_nano.py:dit", {"recipes": ("light", "haevy")}, "unknown recipe 'haevy'"),
+        ("dpir_nano.py:encoder", {"recipes": ()}, "task.recipes is empty"),
+        ("dape.py", {"init_from": "x", "recipe": "haevy"}, "unknown recipe 'haevy'"),
+        ("irpad_nano.py", {"second": ("haevy",)}, "unknown recipe 'haevy'"),
+        ("irpad_nano.py", {"tables": ("haevy",)}, "jpeg_table is 'haevy'"),
+    ],
+)
+def test_a_task_that_cannot_be_names_the_setting(name, task, words):
+    recipe = load_recipe(f"configs/{name}")
+    with recipe.task.ignore_type():
+        recipe.task.update(task)
+    with pytest.raises(InputError, match=words):
+        recipe.build_task()
 
 
 def test_bad_recipes(tmp_path, capsys):

@@ -99,11 +99,13 @@ def _placed(
     backend: str, q: Heads, k: Heads, v: Heads, mask: Array | None, bias: Bias | None, scale: float
 ) -> Float[Array, "B Q H K"]:
     """On a mesh: samples and heads are cut; queries too, each device then sees all keys (context parallelism)."""
-    count = q.shape[1]
-    if fill := -count % current_placement().parts("T"):  # rows that nobody reads, so that all pieces are equal
+    count, parts = q.shape[1], current_placement().parts("T")
+    if backend == "cudnn" and not (mask is None and bias is None):
+        parts *= 2  # each piece must be even, see `_obstacle`
+    if fill := -count % parts:  # rows that nobody reads, so that all pieces are equal
         q = jnp.pad(q, ((0, 0), (0, fill), (0, 0), (0, 0)))
         bias = None if bias is None else jnp.pad(bias, ((0, 0), (0, 0), (0, fill), (0, 0)))
-    if backend in ("xla", "cudnn"):  # the compiler can cut these
+    if backend == "xla":  # the compiler can cut it
         q, k, v = constrain(q, "BTH_"), constrain(k, "B_H_"), constrain(v, "B_H_")
         return _BACKENDS[backend](q, k, v, mask, bias, scale)[:, :count]
     optional = {"B_": mask, "BHT_": bias}

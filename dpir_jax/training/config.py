@@ -17,6 +17,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import types
 import typing
 from collections.abc import Sequence
@@ -82,6 +83,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         """Raises `InputError` that names the first setting out of range or in contradiction to another."""
+        for name, value in dataclasses.asdict(self).items():
+            self._need(not isinstance(value, float) or math.isfinite(value), name, "a finite number")
         for name in ("steps", "batch", "checkpoint_every", "keep", "log_every", "accumulate"):
             self._need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("warmup_steps", "decay_steps", "preview_every", "profile_at", "seed", "end_lr", "weight_decay"):
@@ -141,8 +144,16 @@ class Recipe:
         return _recipe(ConfigDict(value))
 
     def build_task(self) -> Any:
-        """The task, a `dpir_jax.training.task.Task`."""
-        return _resolve(self.task_type, "task_type").from_config(self.task.to_dict())
+        """The task, a `dpir_jax.training.task.Task`; `InputError` if it cuts other crops than the data are made for."""
+        task = _resolve(self.task_type, "task_type").from_config(self.task.to_dict())
+        for name, section in (("data", self.data), ("validation", self.validation or {})):
+            for setting in ("local_crop", "region"):
+                cut, made = getattr(task, setting, None), section.get("local_crop")
+                if cut is not None and made is not None and cut != made:
+                    raise InputError(
+                        f"config.task.{setting} is {cut}, config.{name}.local_crop is {made}; they must be the same"
+                    )
+        return task
 
     def build_data(self, places: Sequence[int] | None = None) -> Any:
         """The training batches: an endless iterator that can tell and take its position (`loop.Batches`).

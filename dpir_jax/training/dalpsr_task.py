@@ -57,11 +57,13 @@ from dpir_jax.training.dpir_tasks import (
     PictureLoss,
     apply_each,
     as_float,
+    check_crop,
     cut_boxes,
     degrade_each,
     from_mapping,
     in_turn,
     local_corners,
+    named_recipes,
     picture_loss,
     sample_crops,
     upsample,
@@ -240,6 +242,8 @@ class DaLPSRTask:
 
     def __post_init__(self) -> None:
         check_choices(self, "task.", system=SYSTEMS)
+        named_recipes(self.recipes, self.scale)
+        check_crop(self.local_crop, self.config.latent_factor)
         if self.degradation != "oracle" and self.irpad is None:
             raise InputError(f"task.degradation is {self.degradation!r}; task.irpad must name an IRPAD")
         if self.claims and not any(self._once(name) for name in self.recipes):
@@ -432,9 +436,10 @@ class DaLPSRTask:
 
     def _pairs(self, whole: Float[Array, "B H W 3"], corners: Int[Array, "B 2"] | None, key: jax.Array) -> Pairs:
         """Degrades whole photos and cuts the local crops. Without `corners` of those the whole pictures are taken."""
+        recipes = named_recipes(self.recipes, self.scale)
         parts = [
-            self._degraded(jax.random.fold_in(key, i), part, Recipe.named(name, scale=self.scale))
-            for i, (name, part) in enumerate(zip(self.recipes, jnp.array_split(whole, len(self.recipes))))
+            self._degraded(jax.random.fold_in(key, i), part, recipe)
+            for i, (recipe, part) in enumerate(zip(recipes, jnp.array_split(whole, len(recipes))))
         ]
         native, labels, claimed, *told = map(jnp.concatenate, zip(*parts))
         pictures = [upsample(native, self.scale), whole, *(upsample(low, self.scale) for low in told)]

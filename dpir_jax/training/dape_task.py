@@ -58,6 +58,7 @@ class DAPETask:
 
     def __post_init__(self) -> None:
         check_choices(self, "task.", system=SYSTEMS)
+        Recipe.named(self.recipe, scale=self.scale)
         if self.init_from is None:
             raise InputError("task.init_from must name the model folder of RAM")
 

@@ -289,8 +289,17 @@ def sample_crops(folders: tuple[str, ...], count: int, size: int, seed: int) -> 
     return np.stack(crops[:count]).astype(np.float32) / 255
 
 
-def _recipes(names: tuple[str, ...], scale: int) -> tuple[Recipe, ...]:
+def named_recipes(names: tuple[str, ...], scale: int) -> tuple[Recipe, ...]:
+    """The recipes of these names; `InputError` where `task.recipes` has none or an unknown one."""
+    if not names:
+        raise InputError("task.recipes is empty; it must name at least one recipe")
     return tuple(Recipe.named(name, scale=scale) for name in names)
+
+
+def check_crop(side: int | None, unit: int) -> None:
+    """`InputError` unless local crops are made of whole units of so many pixels."""
+    if side is not None and (side < 1 or side % unit):
+        raise InputError(f"task.local_crop is {side}; it must be a multiple of {unit}")
 
 
 def from_mapping(cls: type, values: Mapping[str, Any], where: str) -> Any:
@@ -346,6 +355,8 @@ class EncoderTask:
 
     def __post_init__(self) -> None:
         check_choices(self, "task.", system=SYSTEMS)
+        named_recipes(self.recipes, self.scale)
+        check_crop(self.local_crop, self.config.latent_factor)
         if self.crops > 1 and self.local_crop is None:
             raise InputError(f"task.crops is {self.crops}; it needs task.local_crop")
 
@@ -377,7 +388,7 @@ class EncoderTask:
         self, batch: Mapping[str, Array], key: jax.Array
     ) -> tuple[Float[Array, "B*crops S S 3"], Float[Array, "B*crops S S 3"]]:
         hq = as_float(batch["hq"])
-        lq = make_pairs(key, hq, _recipes(self.recipes, self.scale))
+        lq = make_pairs(key, hq, named_recipes(self.recipes, self.scale))
         if self.local_crop is None:
             return lq, hq
         step = math.lcm(self.scale, self.config.latent_factor)
@@ -479,9 +490,11 @@ class DiTTask:
 
     def __post_init__(self) -> None:
         check_choices(self, "task.", system=SYSTEMS)
+        named_recipes(self.recipes, self.scale)
+        system = SYSTEMS[self.system]()
+        check_crop(self.local_crop, system.latent_factor * system.mmdit.patch_size)
         if self.rollout_share and self.loss_kind != "x0":
             raise InputError(f"task.loss_kind is {self.loss_kind!r}; task.rollout_share needs 'x0'")
-        system = SYSTEMS[self.system]()
         if self.silent_start and (system.flow, system.prediction) != ("residual", "x0"):
             raise InputError(
                 f"task.silent_start needs a flow of residuals that predicts x0; {self.system!r} has another"
@@ -591,7 +604,7 @@ class DiTTask:
         return model
 
     def _residual_rms(self, system: DPIR, hq: Float[Array, "B H W 3"], key: jax.Array) -> Float[Array, "C"]:
-        lq = make_pairs(key, hq, _recipes(self.recipes, self.scale))
+        lq = make_pairs(key, hq, named_recipes(self.recipes, self.scale))
         residual = system.encode_hq(hq) - system.encode_lq(lq)
         return jnp.sqrt(jnp.mean(jnp.square(residual), axis=(0, 1, 2)))
 
@@ -602,7 +615,7 @@ class DiTTask:
     ]:
         """(x_lq, x_hq, z_lq, z_hq, visual part of the prompt) of the local crops."""
         whole = as_float(batch["hq"])
-        degraded = make_pairs(key, whole, _recipes(self.recipes, self.scale))
+        degraded = make_pairs(key, whole, named_recipes(self.recipes, self.scale))
         size = self.config.clip_tokens.image_size
 
         def look(key: jax.Array, degraded: Array, whole: Array, box: Array, *moments: Array) -> tuple[Array, ...]:

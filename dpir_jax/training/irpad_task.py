@@ -90,6 +90,10 @@ class IRPADTask:
 
     def __post_init__(self) -> None:
         check_choices(self, "task.", system=SYSTEMS)
+        for name in self.second:
+            Recipe.named(name, scale=self.scale)
+        for table in self.tables:
+            Recipe.native(jpeg_table=table)
         if self.config.crop > self.region:
             raise InputError(f"task.region is {self.region}; {self.system} looks at {self.config.crop} pixels at once")
 
