@@ -48,16 +48,32 @@ def test_names_of_slices(name, torus, chips):
     assert parse_topology(torus) == topology
 
 
+def test_a_torus_without_a_name_is_called_by_the_torus():
+    topology = parse_topology("v5p:4x4x12")
+    assert (topology.name, topology.chips) == ("v5p:4x4x12", 192)
+
+
+def test_slices_by_google_clouds_type_of_accelerator():
+    assert parse_topology("v5litepod-16") == parse_topology("v5litepod:4x4") == parse_topology("v5e-16")
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
         ("v7-8", "expected v5e, v5p, v6e"),
         ("v5e", "expected v5e, v5p, v6e"),
-        ("v5e-17", "there are v5e-1, v5e-4"),
+        ("v5e-17", "there are v5e-1, v5e-4, .*v5e-256$"),
         ("v5p-4", "there are v5p-8"),
         ("v5e:3x3", "no v5e torus"),
-        ("v5p:4x4", "no v5p torus"),
+        ("v5e:4x6", "no v5e torus; it must be one of 1x1, 2x2, .*16x16$"),
+        ("v5e:32x32", "no v5e torus"),
+        ("v5e:4x4x4", "no v5e torus"),
         ("v5e:0x4", "no v5e torus"),
+        ("v5p:4x4", "no v5p torus"),
+        ("v5p:2x2x20", "no v5p torus; .* or of whole 4x4x4 cubes within the last of these"),
+        ("v5p:16x16x28", "no v5p torus"),
+        ("v5p:8x4x4", "no v5p torus"),
+        ("v5p:0x4x4", "no v5p torus"),
     ],
 )
 def test_unknown_slices(name, says):
