@@ -650,7 +650,7 @@ def _search(recipe: "Recipe", topology: "Topology", batch_per_chip: int | None) 
     for result in ahead.search(recipe, topology, batch_per_chip):
         tried.append(result)
         print(describe(result), end="\n\n", flush=True)
-    result = ahead.best(tried) or min(tried, key=lambda each: each["memory_per_chip"]["total"])
+    result = ahead.best(tried) or ahead.least(tried)
     print("best:" if result["fits"] else "nothing fits")
     return result
 
