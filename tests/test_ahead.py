@@ -441,6 +441,26 @@ def test_the_best_of_a_search():
     assert ahead.least([reports[0], reports[3] | {"reason": "no more is known"}]) is reports[0]
 
 
+def test_all_that_a_search_tried_is_written(monkeypatch, tmp_path):
+    reports = [
+        {"fits": fits, "roofline": {"images_per_second_per_chip": batch}, "memory_per_chip": {"total": batch}}
+        for batch, fits in ((1, True), (2, True), (4, False))
+    ]
+    monkeypatch.setattr(ahead, "search", lambda *_: iter(reports))
+    monkeypatch.setattr(compiled, "describe", str)
+    out = tmp_path / "new" / "report.json"
+    command = ["compile", "--config", "tests/ahead_recipe.py", "--topology", "v5e-8", "--search", "--json", str(out)]
+    assert main(command) == 0
+    found = json.loads(out.read_text())
+    assert (next(iter(found)), found) == ("fits", reports[1] | {"tried": reports})
+
+
+def test_a_search_is_of_training_steps(capsys):
+    with pytest.raises(SystemExit):
+        main(["compile", "--config", "tests/ahead_recipe.py", "--topology", "v5e-8", "--search", "--sampling"])
+    assert "--sampling: not allowed with argument --search" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("unit", [1, 2])
 def test_a_search_ends_at_the_largest_batch(recipe, monkeypatch, unit):
     """In whole parts of accumulated gradients."""
@@ -510,6 +530,11 @@ def test_a_sampling_step_compiled_for_a_tpu(capsys, tmp_path):
         (["--topology", "v5e-8", "--config.nothing=1"], "--config.nothing: the recipe has no such setting"),
         (["--search"], "--search needs a --topology"),
         (["--sampling"], "--sampling needs a --topology"),
+        (["--topolgy", "v5e-8"], "there is no option --topolgy;"),
+        (["--json", "tests"], "--json is tests, which is a folder; name a file in it"),
+        (["--json", "README.md/report.json"], "cannot write README.md/report.json"),
+        (["--search", "--topology", "v5e-8", "--config.mesh.data=2"], "leave --config.mesh.data=2 out, or --search"),
+        (["--search", "--topology", "v5e-8", "--config.sharding=dp"], "leave --config.sharding=dp out, or --search"),
         (["--sampling", "--topology", "v5e-8"], "TracedToyTask makes no system that restores photos"),
         (["--topology", "v5e-8", "--batch-per-chip", "0"], "the batch per chip is 0"),
         (["--search", "--topology", "v5e-8", "--batch-per-chip", "0"], "the batch per chip is 0"),
