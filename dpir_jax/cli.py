@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import functools
 import importlib.util
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpir_jax.errors import InputError
-from dpir_jax.files import refuse_url
+from dpir_jax.files import check_file, refuse_url
 
 if TYPE_CHECKING:
     from dpir_jax.models.irpad import IRPAD
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from dpir_jax.restore.job import Item
     from dpir_jax.restore.restorer import Progress
     from dpir_jax.training.config import Recipe
+
+
+FILES = ("json", "confusion")  # options that name a file to write
 
 
 def quiet_libtpu() -> None:
@@ -60,11 +64,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.extra = extra
     quiet_libtpu()
     try:
-        for name in ("workdir", "out"):
-            refuse_url(f"--{name}", getattr(arguments, name, None))
+        _check_outputs(arguments)
         return arguments.run(arguments) or 0
     except (InputError, KeyboardInterrupt) as error:
         return _report(error)
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuses, before any work, places that results cannot be written to."""
+    for name in ("workdir", "out", "prompt_cache", *FILES):
+        if path := getattr(arguments, name, None):
+            refuse_url(f"--{name.replace('_', '-')}", path)
+            if name in FILES:
+                check_file(f"--{name}", path)
 
 
 def _report(error: BaseException) -> int:
@@ -435,8 +447,7 @@ def _train(arguments: argparse.Namespace) -> int:
     from dpir_jax.training.config import load_recipe
 
     recipe, workdir = load_recipe(arguments.config, arguments.extra), Path(arguments.workdir)
-    if file := next((path for path in (workdir, *workdir.parents) if path.is_file()), None):
-        raise InputError(f"--workdir {workdir}: {file} is a file; choose a folder, or a place for a new one")
+    _make_workdir(workdir)
     if not arguments.distributed:
         return _train_here(recipe, workdir)
     processes.start(arguments.distributed)
@@ -444,6 +455,15 @@ def _train(arguments: argparse.Namespace) -> int:
         return _train_here(recipe, workdir)
     except BaseException as error:
         processes.leave(_report(error))
+
+
+def _make_workdir(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        file = next(filter(os.path.isfile, (workdir, *workdir.parents)), None)
+        why = f"{file} is a file" if file else f"it cannot be made ({error.strerror or error})"
+        raise InputError(f"--workdir {workdir}: {why}; choose a folder, or a place for a new one") from error
 
 
 def _train_here(recipe: "Recipe", workdir: Path) -> int:
@@ -597,23 +617,27 @@ def _add_compile(verbs: argparse._SubParsersAction) -> None:
         metavar="N",
         help="images; default: the recipe's batch, divided; with --sampling 4 tiles",
     )
-    verb.add_argument("--sampling", action="store_true", help="a step of restoring instead, on one chip")
-    verb.add_argument("--search", action="store_true", help="find the largest batch and the best preset")
+    kind = verb.add_mutually_exclusive_group()
+    kind.add_argument("--sampling", action="store_true", help="a step of restoring instead, on one chip")
+    kind.add_argument(
+        "--search",
+        action="store_true",
+        help="find the best preset with its mesh and their largest batch, in place of those of the recipe; "
+        "--batch-per-chip is where it begins",
+    )
     verb.add_argument(
         "--full-effort",
         action="store_true",
         help="for a topology that is not here: let the compiler do all it does for a run. Takes four times as long; "
         "what the answers differ by is in docs/scaling.md",
     )
-    verb.add_argument("--json", metavar="FILE", help="also write everything to FILE")
+    verb.add_argument("--json", metavar="FILE", help="also write everything to FILE; of a search all that was tried")
 
 
 def _compile(arguments: argparse.Namespace) -> int:
     from dpir_jax.files import write_json
     from dpir_jax.parallel.compiled import describe
-    from dpir_jax.parallel.topologies import expect_no_chips
 
-    expect_no_chips()
     result = _compiled(arguments)
     print(describe(result))
     if arguments.json:
@@ -631,6 +655,9 @@ def _compiled(arguments: argparse.Namespace) -> Mapping[str, Any]:
     for option in ("search", "sampling"):
         if getattr(arguments, option) and topology is None:
             raise InputError(f"--{option} needs a --topology to compile for")
+    fixed = [each for each in arguments.extra if each.startswith(("--config.mesh", "--config.sharding"))]
+    if arguments.search and fixed:
+        raise InputError(f"--search tries presets and meshes itself; leave {fixed[0]} out, or --search")
     training = not (arguments.search or arguments.sampling)
     if training and (topology is None or ahead.is_here(topology)):
         return ahead.measure(recipe, arguments.batch_per_chip)
@@ -650,9 +677,9 @@ def _search(recipe: "Recipe", topology: "Topology", batch_per_chip: int | None) 
     for result in ahead.search(recipe, topology, batch_per_chip):
         tried.append(result)
         print(describe(result), end="\n\n", flush=True)
-    result = ahead.best(tried) or min(tried, key=lambda each: each["memory_per_chip"]["total"])
+    result = ahead.best(tried) or ahead.least(tried)
     print("best:" if result["fits"] else "nothing fits")
-    return result
+    return {**result, "tried": tried}
 
 
 def _compile_sampling(recipe: "Recipe", topology: "Topology", tiles: int | None) -> dict[str, Any]:

@@ -20,13 +20,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
       InputError: the folder cannot be made or written, or the disk is full.
     """
     path = Path(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-        os.close(handle)
-    except OSError as error:
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
-    temporary = Path(name)
+    temporary = _temporary(path)
     try:
         yield temporary
         umask = os.umask(0)
@@ -39,13 +33,31 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def refuse_url(option: str, folder: str | None) -> None:
-    """Raises `InputError` if an output folder is a URL: as a path it would be a local folder named `gs:`, say."""
-    if "://" in (folder or ""):
+def _temporary(path: Path) -> Path:
+    """A new file beside `path`, in a folder that is made where it is missing; see `atomic_path` for what is raised."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+        os.close(handle)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    return Path(name)
+
+
+def refuse_url(option: str, path: str | None) -> None:
+    """Raises `InputError` if an output is a URL: as a path it would be in a local folder named `gs:`, say."""
+    if "://" in (path or ""):
         raise InputError(
-            f"{option} is {folder}, but results go to folders, not to URLs; mount the bucket (gcsfuse), or write to "
+            f"{option} is {path}, but results go to folders, not to URLs; mount the bucket (gcsfuse), or write to "
             "a local or shared folder and copy that"
         )
+
+
+def check_file(option: str, path: str) -> None:
+    """Raises `InputError` if a file could not be written later; makes its folder."""
+    if os.path.isdir(path):
+        raise InputError(f"{option} is {path}, which is a folder; name a file in it")
+    _temporary(Path(path)).unlink()
 
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> None:

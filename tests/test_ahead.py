@@ -17,8 +17,9 @@ from dpir_jax.models.layers import Keys
 from dpir_jax.models.mmdit import MMDiT
 from dpir_jax.parallel import compiled, hlo
 from dpir_jax.parallel.flops import count_flops
-from dpir_jax.parallel.mesh import axis_sizes
+from dpir_jax.parallel.mesh import axis_sizes, make_mesh
 from dpir_jax.parallel.roofline import Roofline, roofline
+from dpir_jax.parallel.sharding import replicated
 from dpir_jax.parallel.topologies import GENERATIONS, GIB, devices, parse_topology, quickly
 from dpir_jax.restore.ahead import abstract_sampling
 from dpir_jax.restore.settings import Defaults
@@ -26,6 +27,7 @@ from dpir_jax.systems.dalpsr import DaLPSRConfig
 from dpir_jax.systems.dpir import DPIRConfig
 from dpir_jax.training import ahead
 from dpir_jax.training.config import load_recipe
+from dpir_jax.training.layout import memory_of
 from tests.toy_task import Toy, ToyTask
 
 # --- names -----------------------------------------------------------------------------------------------------------
@@ -48,16 +50,32 @@ def test_names_of_slices(name, torus, chips):
     assert parse_topology(torus) == topology
 
 
+def test_a_torus_without_a_name_is_called_by_the_torus():
+    topology = parse_topology("v5p:4x4x12")
+    assert (topology.name, topology.chips) == ("v5p:4x4x12", 192)
+
+
+def test_slices_by_google_clouds_type_of_accelerator():
+    assert parse_topology("v5litepod-16") == parse_topology("v5litepod:4x4") == parse_topology("v5e-16")
+
+
 @pytest.mark.parametrize(
     ("name", "says"),
     [
         ("v7-8", "expected v5e, v5p, v6e"),
         ("v5e", "expected v5e, v5p, v6e"),
-        ("v5e-17", "there are v5e-1, v5e-4"),
+        ("v5e-17", "there are v5e-1, v5e-4, .*v5e-256$"),
         ("v5p-4", "there are v5p-8"),
         ("v5e:3x3", "no v5e torus"),
-        ("v5p:4x4", "no v5p torus"),
+        ("v5e:4x6", "no v5e torus; it must be one of 1x1, 2x2, .*16x16$"),
+        ("v5e:32x32", "no v5e torus"),
+        ("v5e:4x4x4", "no v5e torus"),
         ("v5e:0x4", "no v5e torus"),
+        ("v5p:4x4", "no v5p torus"),
+        ("v5p:2x2x20", "no v5p torus; .* or of whole 4x4x4 cubes within the last of these"),
+        ("v5p:16x16x28", "no v5p torus"),
+        ("v5p:8x4x4", "no v5p torus"),
+        ("v5p:0x4x4", "no v5p torus"),
     ],
 )
 def test_unknown_slices(name, says):
@@ -197,6 +215,33 @@ def test_a_loop_whose_counter_grows_by_two():
     assert found == hlo.traffic(PROGRAM).collectives["all-gather"] / 2
 
 
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        ("(f32[8,128]{1,0}, f32[64,128]{1,0}) all-gather-start(%x), replica_groups=[1,8]<=[8], dimensions={0}", 1 + 8),
+        ("((f32[8,128]{1,0}), f32[1,128]{1,0}) reduce-scatter-start(%x), replica_groups=[1,8]<=[8]", 1 + 1 / 8),
+        ("f32[8,128]{1,0} all-reduce-start(%x), replica_groups=[1,8]<=[8], to_apply=%add", 2),
+        ("(f32[8,128]{1,0}, f32[8,128]{1,0}, u32[]{:S(2)}) collective-permute-start(%x)", 2),
+        ("(f32[8,128]{1,0}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%x)", 2),
+        ("(f32[8,128]{1,0:S(1)}, f32[8,128]{1,0}, u32[]{:S(2)}) copy-start(%x)", 1),
+        ("((f32[8,128]{1,0}), f32[1,128]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:1], [0:128]}", 1 / 8),
+    ],
+)
+def test_memory_traffic_of_an_asynchronous_instruction(line, moved):
+    """In arrays of eight rows of 128; what lies in on-chip memory is free."""
+    text = "HloModule m, num_partitions=8\n\nENTRY %main (x: f32[8,128]) -> f32[8,128] {\n"
+    text += "  %x = f32[8,128]{1,0} parameter(0)\n  ROOT %y = "
+    assert hlo.traffic(text + line + "\n}\n").memory == moved * 8 * 128 * 4
+
+
+def test_what_runs_asynchronously_counts_once():
+    kept = "(f32[4]) -> f32[4] {\n  %p = f32[4]{0} parameter(0)\n  ROOT %n = f32[4]{0} negate(%p)\n}\n\n"
+    text = f"HloModule m\n\n%wrapped {kept}ENTRY %main (x: f32[4]) -> f32[4] {{\n  %x = f32[4]{{0}} parameter(0)\n"
+    text += "  %s = ((f32[4]{0}), f32[4]{0}, s32[]{:S(2)}) async-start(%x), calls=%wrapped\n"
+    text += "  ROOT %y = f32[4]{0} async-done(%s), calls=%wrapped\n}\n"
+    assert hlo.traffic(text).memory == 2 * 4 * 4
+
+
 def test_traffic_of_a_compiled_program():
     """XLA's text for eight CPU devices: the weights of a loop are gathered in each round."""
     mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
@@ -227,6 +272,27 @@ def test_what_a_refused_program_needed():
         "RESOURCE_EXHAUSTED: the total memory required for HLO temporaries (39.73G) exceeds available HBM (15.75G)."
     )
     assert compiled.needed(message, 7.0) == 39.73 * GIB + 7
+
+
+WITHOUT_NUMBER = (
+    "RESOURCE_EXHAUSTED: Ran out of memory in memory space vmem. Used 20.50M of 16.00M vmem.",
+    "RESOURCE_EXHAUSTED: Out of memory allocating 68719476736 bytes.",
+)
+
+
+@pytest.mark.parametrize("says", WITHOUT_NUMBER)
+def test_a_refusal_that_does_not_say_what_is_needed(recipe, monkeypatch, says):
+    """The total is that of the arguments, and the report says why."""
+
+    def compile_(*_, **__):
+        raise jax.errors.JaxRuntimeError(f"{says}\nIt was large.")
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", compile_)
+    found = ahead.compile_for(recipe, parse_topology("v5e-1"), 2)
+    assert (next(iter(found)), found["fits"], found["reason"]) == ("fits", False, says)
+    memory = found["memory_per_chip"]
+    assert memory["total"] == sum(memory[kind] for kind in compiled.MEMORY_KINDS if kind in memory) > 0
+    assert f"does not fit ({says}): at least 0.0" in compiled.describe(json.loads(json.dumps(found)))
 
 
 # --- the step --------------------------------------------------------------------------------------------------------
@@ -301,7 +367,38 @@ def test_a_step_measured_on_the_devices_here():
     found = ahead.measure(load_recipe("tests/ahead_recipe.py"), 1)
     assert found["fits"]
     assert found["measured"]["images_per_second_per_chip"] == 1 / found["measured"]["step"]
+    assert found["memory_per_chip"]["available"] == memory_of(jax.devices()[0])
+    assert "fits, " in compiled.describe(found)
     assert "measured:" in compiled.describe(found)
+
+
+def test_what_fits_on_a_device_of_unknown_kind():
+    mesh = make_mesh(devices=jax.devices()[:1])
+    x = jax.ShapeDtypeStruct((256,), jnp.float32, sharding=replicated(mesh))
+    program = compiled.Program(jax.jit(lambda x: 2 * x), (x,), {"batch": x}, mesh, "dp", 1)
+    for available, fits, says in ((1 << 20, True, "fits, 0.00 GiB to spare"), (2047, False, "does not fit, ")):
+        found, _ = compiled.report(program, None, available)
+        assert found["fits"] is fits
+        assert found["memory_per_chip"]["spare"] == available - found["memory_per_chip"]["total"]
+        assert says in compiled.describe(found)
+
+
+def test_a_step_that_does_not_fit_is_not_run(monkeypatch):
+    monkeypatch.setattr(ahead, "least_memory", lambda here: 1000)
+    monkeypatch.setattr(ahead, "report", lambda step, chip, available: ({"fits": available > 1000}, None))
+    monkeypatch.setattr(ahead, "_filled", None)
+    assert ahead.measure(load_recipe("tests/ahead_recipe.py"), 1) == {"fits": False}
+
+
+def test_a_step_that_runs_out_of_memory_does_not_fit(monkeypatch):
+    says = "RESOURCE_EXHAUSTED: Out of memory allocating 4000000000000 bytes."
+
+    def filled(tree):
+        raise jax.errors.JaxRuntimeError(f"{says}\nIt was large.")
+
+    monkeypatch.setattr(ahead, "report", lambda *_: ({"fits": True}, None))
+    monkeypatch.setattr(ahead, "_filled", filled)
+    assert ahead.measure(load_recipe("tests/ahead_recipe.py"), 1) == {"fits": False, "reason": says}
 
 
 def test_a_search_on_many_chips_also_cuts_by_all_of_them(recipe, monkeypatch):
@@ -324,6 +421,9 @@ def test_a_search_on_many_chips_also_cuts_by_all_of_them(recipe, monkeypatch):
     list(ahead.search(recipe, parse_topology("v5e-64")))
     assert [batch for *mesh, batch in tried if mesh == ["fsdp", 16]] == [1, 2]
     assert [batch for *mesh, batch in tried if mesh == ["fsdp", 64]] == [1, 2, 4, 3]
+    tried.clear()
+    list(ahead.search(recipe, parse_topology("v5e-1")))
+    assert tried == [("dp", 1, 1)]  # on one chip all presets are one
 
 
 def test_the_best_of_a_search():
@@ -337,6 +437,28 @@ def test_the_best_of_a_search():
     reports = [report(True, 1.0, 5), report(True, 2.0, 9), report(True, 2.0, 7), report(False, 9.0, 1)]
     assert ahead.best(reports) is reports[2]
     assert ahead.best(reports[3:]) is None
+    assert ahead.least(reports) is reports[3]
+    assert ahead.least([reports[0], reports[3] | {"reason": "no more is known"}]) is reports[0]
+
+
+def test_all_that_a_search_tried_is_written(monkeypatch, tmp_path):
+    reports = [
+        {"fits": fits, "roofline": {"images_per_second_per_chip": batch}, "memory_per_chip": {"total": batch}}
+        for batch, fits in ((1, True), (2, True), (4, False))
+    ]
+    monkeypatch.setattr(ahead, "search", lambda *_: iter(reports))
+    monkeypatch.setattr(compiled, "describe", str)
+    out = tmp_path / "new" / "report.json"
+    command = ["compile", "--config", "tests/ahead_recipe.py", "--topology", "v5e-8", "--search", "--json", str(out)]
+    assert main(command) == 0
+    found = json.loads(out.read_text())
+    assert (next(iter(found)), found) == ("fits", reports[1] | {"tried": reports})
+
+
+def test_a_search_is_of_training_steps(capsys):
+    with pytest.raises(SystemExit):
+        main(["compile", "--config", "tests/ahead_recipe.py", "--topology", "v5e-8", "--search", "--sampling"])
+    assert "--sampling: not allowed with argument --search" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("unit", [1, 2])
@@ -408,6 +530,11 @@ def test_a_sampling_step_compiled_for_a_tpu(capsys, tmp_path):
         (["--topology", "v5e-8", "--config.nothing=1"], "--config.nothing: the recipe has no such setting"),
         (["--search"], "--search needs a --topology"),
         (["--sampling"], "--sampling needs a --topology"),
+        (["--topolgy", "v5e-8"], "there is no option --topolgy;"),
+        (["--json", "tests"], "--json is tests, which is a folder; name a file in it"),
+        (["--json", "README.md/report.json"], "cannot write README.md/report.json"),
+        (["--search", "--topology", "v5e-8", "--config.mesh.data=2"], "leave --config.mesh.data=2 out, or --search"),
+        (["--search", "--topology", "v5e-8", "--config.sharding=dp"], "leave --config.sharding=dp out, or --search"),
         (["--sampling", "--topology", "v5e-8"], "TracedToyTask makes no system that restores photos"),
         (["--topology", "v5e-8", "--batch-per-chip", "0"], "the batch per chip is 0"),
         (["--search", "--topology", "v5e-8", "--batch-per-chip", "0"], "the batch per chip is 0"),
@@ -415,6 +542,7 @@ def test_a_sampling_step_compiled_for_a_tpu(capsys, tmp_path):
             ["--search", "--topology", "v5e-8", "--batch-per-chip", "3", "--config.accumulate=2"],
             "the batch per chip is 3, which config.accumulate (2) does not divide",
         ),
+        (["--config", "tests/ahead_recipe.py:dpir", "--topology", "v5e-8"], "has no config.data.global_crop"),
         (["--topology", "v5e-8", "--config.batch=9"], "batch is 9"),
         (["--topology", "v5e-8", "--config.mesh.fsdp=3"], "needs 3 devices"),
     ],

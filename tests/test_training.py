@@ -85,7 +85,7 @@ def test_our_recipes_build_their_task(name):
         ("--config.learning_rate=inf", "config.learning_rate is inf; it must be a finite number"),
         ("--config.clip_norm=nan", "config.clip_norm is nan; it must be a finite number"),
         ("--config.ema_decay=1", "config.ema_decay is 1.0; it must be at least 0 and below 1"),
-        ("--steps=3", "expected --config.FIELD=VALUE"),
+        ("--steps=3", "there is no option --steps; settings of the recipe are --config.FIELD=VALUE"),
         ("--config.steps", "expected --config.FIELD=VALUE"),
     ],
 )
@@ -255,6 +255,14 @@ def test_a_workdir_that_is_a_file(tmp_path, capsys, below):
     assert f"{file} is a file; choose a folder" in capsys.readouterr().err
 
 
+def test_a_workdir_that_cannot_be_made(tmp_path, capsys):
+    for workdir, why in (("x" * 300, "File name too long"), ("link", "File exists")):
+        (tmp_path / "link").unlink(missing_ok=True)
+        (tmp_path / "link").symlink_to("nowhere")
+        assert main(["train", "--config", RECIPE, "--workdir", str(tmp_path / workdir)]) == 2
+        assert f"{workdir}: it cannot be made ({why}); choose a folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "command",
     [
@@ -263,10 +271,13 @@ def test_a_workdir_that_is_a_file(tmp_path, capsys, below):
         ["precompute", "photos", "--model", "m", "--out"],
         ["pack", "photos", "--out"],
         ["restore", "photo.png", "--out"],
+        ["restore", "photo.png", "--out", "out", "--prompt-cache"],
         ["convert", "model.safetensors"],
+        ["compile", "--config", RECIPE, "--json"],
+        ["degradation", "photo.png", "--evaluate", "light", "--confusion"],
     ],
 )
-def test_a_url_is_no_output_folder(tmp_path, capsys, monkeypatch, command):
+def test_a_url_is_no_output(tmp_path, capsys, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     assert main([*command, "gs://bucket/run"]) == 2
     sentence = capsys.readouterr().err

@@ -19,7 +19,6 @@ from dpir_jax.parallel.roofline import roofline
 from dpir_jax.parallel.topologies import GIB, Chip, without_cache
 
 MEMORY_KINDS = ("parameters", "optimizer", "ema", "frozen", "batch", "activations", "program")
-_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +48,10 @@ def device_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def report(program: Program, chip: Chip | None) -> tuple[dict[str, Any], Any]:
+def report(program: Program, chip: Chip | None, available: float | None = None) -> tuple[dict[str, Any], Any]:
     """Compiles a program and says what it takes; also what was compiled, None where the compiler found no room for it.
 
-    `chip` None: of unknown speed and memory.
+    `chip` None: of unknown speed and memory, or with the memory `available`, in bytes.
     """
     started, cpu = time.perf_counter(), time.process_time()
     traced = program.function.trace(*program.arguments)
@@ -65,13 +64,11 @@ def report(program: Program, chip: Chip | None) -> tuple[dict[str, Any], Any]:
         with without_cache():
             compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        if _OUT_OF_MEMORY not in str(error):
-            raise
-        refused = str(error)
+        refused = out_of_memory(error)
     seconds = {"trace": tracing, "compile": time.perf_counter() - started - tracing, "cpu": time.process_time() - cpu}
-    memory = _memory(program, compiled, refused, chip)
+    memory = _memory(program, compiled, refused, chip.memory if chip else available)
     result: dict[str, Any] = {
-        "fits": compiled is not None and (chip is None or memory["total"] <= memory["available"]),
+        "fits": compiled is not None and memory.get("spare", 0) >= 0,
         "effort": jax.config.jax_exec_time_optimization_effort,  # of the compiler, from -1 to 1
         "chip": chip.name if chip else jax.devices()[0].device_kind,
         "chips": chips,
@@ -82,6 +79,8 @@ def report(program: Program, chip: Chip | None) -> tuple[dict[str, Any], Any]:
         "memory_per_chip": memory,
         "flops_per_chip": flops,
     }
+    if refused and needed(refused, 0) is None:
+        result["reason"] = refused.splitlines()[0]
     if compiled is not None:
         moved = hlo.traffic(compiled.as_text())
         sent = sum(moved.collectives.values())
@@ -100,8 +99,15 @@ def report(program: Program, chip: Chip | None) -> tuple[dict[str, Any], Any]:
     return result | {"seconds": {name: round(value, 2) for name, value in seconds.items()}}, compiled
 
 
-def _memory(program: Program, compiled: Any, refused: str | None, chip: Chip | None) -> dict[str, float]:
-    """Bytes per chip by kind. Where the compiler gave up, `total` is what it says it would have needed at least."""
+def out_of_memory(error: jax.errors.JaxRuntimeError) -> str:
+    """What an error says of the memory that was not there; any other error is raised again."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return str(error)
+
+
+def _memory(program: Program, compiled: Any, refused: str | None, available: float | None) -> dict[str, float]:
+    """Bytes per chip by kind. Where the compiler gave up, `total` is the least: what it says, or else the arguments."""
     kinds = {kind: device_bytes(tree) for kind, tree in program.kinds.items()}
     if compiled is not None:
         found = compiled.memory_analysis()
@@ -110,18 +116,22 @@ def _memory(program: Program, compiled: Any, refused: str | None, chip: Chip | N
         used = found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
         kinds["total"] = used + found.temp_size_in_bytes + found.generated_code_size_in_bytes
     else:
-        kinds["total"] = needed(refused, sum(kinds.values()))
-    return kinds | ({"available": chip.memory, "spare": chip.memory - kinds["total"]} if chip else {})
+        arguments = sum(kinds.values())
+        kinds["total"] = needed(refused, arguments) or arguments
+    return kinds if available is None else kinds | {"available": available, "spare": available - kinds["total"]}
 
 
-def needed(message: str, arguments: float) -> float:
-    """Bytes that a program would need, from the compiler's refusal; `arguments`: bytes of its arguments."""
+def needed(message: str, arguments: float) -> float | None:
+    """Bytes of main memory that a program would need, from the compiler's refusal; None where it does not say.
+
+    `arguments`: bytes of its arguments.
+    """
     units = {"K": 2.0**10, "M": 2.0**20, "G": GIB, "T": 2.0**40}
-    if used := re.search(r"Used ([\d.]+)([KMGT]) of", message):
+    if used := re.search(r"Used ([\d.]+)([KMGT]) of \S+ hbm", message):
         return float(used[1]) * units[used[2]]
     if used := re.search(r"HLO temporaries \(([\d.]+)([KMGT])\)", message):
         return float(used[1]) * units[used[2]] + arguments
-    raise ValueError(f"the compiler ran out of memory and did not say how much it wanted: {message.splitlines()[0]}")
+    return None
 
 
 def describe(result: Mapping[str, Any]) -> str:
@@ -133,12 +143,8 @@ def describe(result: Mapping[str, Any]) -> str:
         f"{result['batch_per_chip']:g} images a chip"
     ]
     parts = ", ".join(f"{kind} {memory[kind] / GIB:.2f}" for kind in MEMORY_KINDS if kind in memory)
-    if "available" in memory:
-        spare = memory["spare"] / GIB
-        verdict = f"fits, {spare:.2f} GiB to spare" if result["fits"] else f"does not fit, {-spare:.2f} GiB too much"
-        lines.append(f"{verdict}: {memory['total'] / GIB:.2f} of {memory['available'] / GIB:.2f} GiB a chip ({parts})")
-    else:
-        lines.append(f"{memory['total'] / GIB:.2f} GiB a device ({parts})")
+    most = f" of {memory['available'] / GIB:.2f}" if "available" in memory else ""
+    lines.append(f"{_verdict(result)}{memory['total'] / GIB:.2f}{most} GiB a chip ({parts})")
     lines.append(f"{result['flops_per_chip'] / 1e12:.4g} TFLOP a chip and step")
     if sent := result.get("collectives_per_chip"):
         kinds = ", ".join(f"{kind} {amount / 1e9:.3g}" for kind, amount in sent.items() if kind != "total")
@@ -160,3 +166,13 @@ def describe(result: Mapping[str, Any]) -> str:
     seconds = result["seconds"]
     lines.append(f"traced in {seconds['trace']:.1f} s, compiled in {seconds['compile']:.1f} s")
     return "\n".join(lines)
+
+
+def _verdict(result: Mapping[str, Any]) -> str:
+    """What stands before the memory that a program takes."""
+    if "reason" in result:
+        return f"does not fit ({result['reason']}): at least "
+    if "spare" not in result["memory_per_chip"]:
+        return ""
+    spare = result["memory_per_chip"]["spare"] / GIB
+    return f"fits, {spare:.2f} GiB to spare: " if result["fits"] else f"does not fit, {-spare:.2f} GiB too much: "

@@ -29,7 +29,7 @@ COLLECTIVES = {
 }
 _FREE = {  # move nothing, or are counted where they are computed
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all"),
-    *("opt-barrier", "partition-id", "replica-id", "iota", "domain", "add-dependency"),
+    *("opt-barrier", "partition-id", "replica-id", "iota", "domain", "add-dependency", "async-start"),
 }
 _BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0}  # all others have their width in their name
 _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
@@ -286,8 +286,11 @@ def _moved(instruction: Instruction, computation: Computation, computations: dic
     read = [
         sum(a.stored_bytes for a in computation[n].types) if n in computation else 0.0 for n in instruction.operands
     ]
-    if opcode.endswith("-start"):  # its type repeats its operands
-        return 2 * sum(read)
+    if opcode in ("slice-start", "dynamic-slice-start"):  # its type: operands, the slice, flags
+        piece = instruction.types[len(instruction.operands)]
+        return piece.bytes + piece.stored_bytes
+    if opcode.endswith("-start") and opcode != "all-reduce-start":  # its type: operands, results, flags
+        return written
     if opcode in ("dynamic-slice", "gather", "slice"):
         return 2 * written
     if opcode in ("dynamic-update-slice", "scatter"):

@@ -1,6 +1,7 @@
 """Slices of TPU chips by the names people use, as devices to compile for. The chips need not be there; libtpu does.
 
-v5e-16, v6e-256     so many chips              v5p-128     so many TensorCores, two to a chip (Google Cloud's name)
+v5e-16, v6e-256     so many chips (v5litepod-16 is v5e-16)
+v5p-128             so many TensorCores, two to a chip
 v5e:4x4, v5p:4x4x4  the torus itself
 """
 
@@ -37,7 +38,7 @@ class Chip:
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A kind of chip and the slices it comes in; `cores`: what one chip counts for in a name such as v5p-128.
+    """A kind of chip and the slices that have names; `cores`: what one chip counts for in a name such as v5p-128.
 
     `kinds`: what `jax.Device.device_kind` may call it.
     """
@@ -68,7 +69,7 @@ _NO_CHIPS = {
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_WORKER_ID": "0",
 }
-HOST = {2: (2, 2), 3: (2, 2, 1)}  # chips of one host, the least that a larger slice is made of
+_ALIASES = {"v5litepod": "v5e"}  # Google Cloud's own name in accelerator types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +91,10 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """As Google Cloud calls it, e.g. v5e-16."""
-        return f"{self.generation}-{self.chips * GENERATIONS[self.generation].cores}"
+        """By its size, e.g. v5e-16; a torus of which the size does not tell is called by the torus, e.g. v5p:4x4x12."""
+        generation = GENERATIONS[self.generation]
+        named = self.shape in generation.shapes
+        return f"{self.generation}-{self.chips * generation.cores}" if named else str(self)
 
     def __str__(self) -> str:
         return f"{self.generation}:{'x'.join(map(str, self.shape))}"
@@ -104,24 +107,33 @@ def parse_topology(text: str) -> Topology:
       InputError: no such chip, no such number of them, or a torus that cannot be rented.
     """
     match = re.fullmatch(r"(\w+?)(?:-(\d+)|:(\d+(?:x\d+)*))", text.strip().lower())
-    if not match or match[1] not in GENERATIONS:
+    kind = match and _ALIASES.get(match[1], match[1])
+    if kind not in GENERATIONS:
         raise InputError(
             f"the topology is {text!r}; expected {', '.join(GENERATIONS)} with a number of chips (v5e-16; v5p-128 has "
             "64 chips of two cores) or a torus (v5p:4x4x4)"
         )
-    generation = GENERATIONS[match[1]]
+    generation = GENERATIONS[kind]
+    cubic = len(generation.shapes[0]) == 3
     if match[2]:
         sizes = {math.prod(shape) * generation.cores: shape for shape in generation.shapes}
         if int(match[2]) not in sizes:
-            names = ", ".join(f"{match[1]}-{size}" for size in sizes)
-            raise InputError(f"there is no topology {text!r}; there are {names}, or name the torus ({match[1]}:...)")
-        return Topology(match[1], sizes[int(match[2])])
-    shape, host = tuple(map(int, match[3].split("x"))), HOST[len(generation.shapes[0])]
-    one = shape == generation.shapes[0]
-    if len(shape) != len(host) or not (one or all(side and side % least == 0 for side, least in zip(shape, host))):
+            names = ", ".join(f"{kind}-{size}" for size in sizes)
+            more = f", or name the torus ({kind}:...)" if cubic else ""
+            raise InputError(f"there is no topology {text!r}; there are {names}{more}")
+        return Topology(kind, sizes[int(match[2])])
+    shape = tuple(map(int, match[3].split("x")))
+    if shape not in generation.shapes and not (cubic and _of_cubes(shape, generation.shapes[-1])):
         tori = ", ".join("x".join(map(str, each)) for each in generation.shapes)
-        raise InputError(f"the topology {text!r} is no {match[1]} torus; it must be one such as {tori}")
-    return Topology(match[1], shape)
+        more = ", or of whole 4x4x4 cubes within the last of these, shortest side first" if cubic else ""
+        raise InputError(f"the topology {text!r} is no {kind} torus; it must be one of {tori}{more}")
+    return Topology(kind, shape)
+
+
+def _of_cubes(shape: tuple[int, ...], most: tuple[int, ...]) -> bool:
+    """Whether a torus is of whole cubes, of which larger slices are made; `most`: the largest."""
+    whole = all(side and side % 4 == 0 and side <= end for side, end in zip(shape, most))
+    return len(shape) == len(most) and whole and list(shape) == sorted(shape)
 
 
 def devices(topology: Topology) -> list[jax.Device]:

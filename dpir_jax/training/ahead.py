@@ -16,12 +16,12 @@ from jax.sharding import Mesh
 
 from dpir_jax.errors import InputError
 from dpir_jax.models.platform import use_platform
-from dpir_jax.parallel.compiled import Program, report
+from dpir_jax.parallel.compiled import Program, out_of_memory, report
 from dpir_jax.parallel.mesh import MeshConfig
 from dpir_jax.parallel.sharding import PRESETS, batch_sharding, replicated
 from dpir_jax.parallel.topologies import CHIPS, Chip, Topology, devices
 from dpir_jax.training.config import Recipe
-from dpir_jax.training.layout import candidates, make_layout
+from dpir_jax.training.layout import candidates, least_memory, make_layout
 from dpir_jax.training.state import abstract_state
 from dpir_jax.training.step import make_train_step
 from dpir_jax.training.task import Task
@@ -39,12 +39,13 @@ def abstract_step(recipe: Recipe, where: Sequence[jax.Device], memory: float | N
     task, config = recipe.build_task(), recipe.train
     if not hasattr(task, "create"):
         raise InputError(f"{recipe.task_type} cannot be compiled without its weights; it has no `create`")
+    sample = _sample(recipe, task)
     mesh, rules = make_layout(task, config, where, device_memory=None if memory is None else int(memory))
     state, networks = abstract_state(task, config, mesh, rules)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=replicated(mesh))
     function = make_train_step(task, config, networks, mesh, shardings, rules)
-    batch = _abstract_batch(recipe, task, mesh)
+    batch = _abstract_batch(sample, config.batch, mesh)
     kinds = {
         "parameters": (state.params, state.adversary),
         "optimizer": (state.optimizer, state.adversary_optimizer),
@@ -56,17 +57,23 @@ def abstract_step(recipe: Recipe, where: Sequence[jax.Device], memory: float | N
     return Program(function, (state, batch, key), kinds, mesh, chosen, config.batch)
 
 
-def _abstract_batch(recipe: Recipe, task: Task, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """What the data pipeline gives (`dpir_jax.data.pipeline`), and what the task wants beside it (`task.inputs`)."""
+def _sample(recipe: Recipe, task: Task) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Shapes and dtypes that the data pipeline gives, and that the task wants beside it (`task.inputs`)."""
     if recipe.data_type and not hasattr(task, "inputs"):  # made by somebody else's function: one sample tells
         one = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, batch=1, accumulate=1))
-        sample = {
-            name: (np.shape(value)[1:], np.asarray(value).dtype) for name, value in next(one.build_data()).items()
-        }
-    else:
-        side = recipe.data["global_crop"]
-        sample = {"hq": ((side, side, 3), np.uint8), "box": ((2,), np.int32)} | dict(getattr(task, "inputs", {}))
-    place, batch = batch_sharding(mesh), recipe.train.batch
+        return {name: (np.shape(value)[1:], np.asarray(value).dtype) for name, value in next(one.build_data()).items()}
+    if (side := recipe.data.get("global_crop")) is None:
+        raise InputError(
+            f"the recipe has no config.data.global_crop, the side of the pictures that {recipe.task_type} is compiled "
+            "for; set it in the recipe"
+        )
+    return {"hq": ((side, side, 3), np.uint8), "box": ((2,), np.int32)} | dict(getattr(task, "inputs", {}))
+
+
+def _abstract_batch(
+    sample: Mapping[str, tuple[tuple[int, ...], Any]], batch: int, mesh: Mesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    place = batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=place) for name, (shape, dtype) in sample.items()
     }
@@ -150,6 +157,11 @@ def best(reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return max(fitting, key=rank, default=None)
 
 
+def least(reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The report that takes least memory; last come those of which the compiler did not say how much (`reason`)."""
+    return min(reports, key=lambda each: ("reason" in each, each["memory_per_chip"]["total"]))
+
+
 # --- measuring -------------------------------------------------------------------------------------------------------
 
 
@@ -166,28 +178,36 @@ def measure(recipe: Recipe, batch_per_chip: int | None = None) -> dict[str, Any]
     """Compiles the step for the devices that are there and runs it, on constant weights and gray pictures.
 
     The report has `measured`: the median of `MEASURED_STEPS` steps, each timed to its completion, after one to warm up.
+    A step that does not fit is not run; one that runs out of memory all the same has a `reason` and does not fit.
 
     Raises:
       InputError: the recipe does not fit the devices.
     """
     here, chip = jax.devices(), _chip_here()
     step = abstract_step(with_batch(recipe, batch_per_chip, len(here)), here)
-    result, compiled = report(step, chip)
-    if compiled is None:
+    result, compiled = report(step, chip, least_memory(here))
+    if not result["fits"]:
         return result
-    *arrays, key = step.arguments
-    state, batch = _filled(arrays)
+    try:
+        seconds = _seconds(compiled, *step.arguments)
+    except jax.errors.JaxRuntimeError as error:
+        return result | {"fits": False, "reason": out_of_memory(error).splitlines()[0]}
+    speed = {"step": seconds, "images_per_second_per_chip": step.samples / len(here) / seconds}
+    if chip:
+        speed["utilization"] = result["flops_per_chip"] / seconds / chip.peak_flops
+    return result | {"measured": speed}
+
+
+def _seconds(compiled: Any, state: Any, batch: Any, key: jax.ShapeDtypeStruct) -> float:
+    """How long a compiled step of these shapes takes, on arrays made for it."""
+    state, batch = _filled((state, batch))
     key = jax.device_put(jax.random.key(0), key.sharding)
     times = []
     for _ in range(1 + MEASURED_STEPS):
         started = time.perf_counter()
         state, _ = jax.block_until_ready(compiled(state, batch, key))
         times.append(time.perf_counter() - started)
-    seconds = float(np.median(times[1:]))
-    speed = {"step": seconds, "images_per_second_per_chip": step.samples / len(here) / seconds}
-    if chip:
-        speed["utilization"] = result["flops_per_chip"] / seconds / chip.peak_flops
-    return result | {"measured": speed}
+    return float(np.median(times[1:]))
 
 
 def _filled(tree: Any) -> Any:

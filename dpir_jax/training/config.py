@@ -192,7 +192,9 @@ def load_recipe(spec: str, overrides: Sequence[str] = ()) -> Recipe:
     config = _run_recipe(Path(path), stage or None)
     for override in overrides:
         name, equals, text = override.partition("=")
-        if not name.startswith("--config.") or not equals:
+        if not name.startswith("--config."):
+            raise InputError(f"there is no option {name}; settings of the recipe are --config.FIELD=VALUE")
+        if not equals:
             raise InputError(f"{override}: expected --config.FIELD=VALUE")
         _override(config, name.removeprefix("--config."), text)
     return _recipe(config)

@@ -65,6 +65,8 @@ def candidates(devices: int, samples: int) -> list[tuple[str, MeshConfig]]:
 
     Devices beyond a number that divides the samples share samples: along `context`, and if that does not fit, `tensor`.
     """
+    if devices == 1:  # where all presets are the same
+        return [("dp", MeshConfig(data=1))]
     own = math.gcd(devices, samples)
     shared = devices // own
     if shared > 1:
@@ -76,7 +78,7 @@ def candidates(devices: int, samples: int) -> list[tuple[str, MeshConfig]]:
     found = [("dp", whole), ("zero1", whole), ("fsdp", MeshConfig(data=-1, fsdp=-1))]
     if devices > FSDP_GROUP:
         found.append(("fsdp", MeshConfig(data=1, fsdp=devices)))
-    return found if devices == 1 else [*found, ("fsdp_tp", _with_tensor(devices))]
+    return [*found, ("fsdp_tp", _with_tensor(devices))]
 
 
 def _with_tensor(devices: int) -> MeshConfig:
