@@ -68,15 +68,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _report(error: BaseException) -> int:
-    """Prints why a verb ended; returns the exit status."""
+    """Prints why a verb ended, if anybody listens still; returns the exit status."""
     if isinstance(error, InputError):
-        print(f"dpir: error: {error}", file=sys.stderr)
-        return 2
-    if isinstance(error, KeyboardInterrupt):
-        print("dpir: interrupted", file=sys.stderr)
-        return 130
-    traceback.print_exception(error)
-    return 1
+        status, words = 2, f"dpir: error: {error}"
+    elif isinstance(error, KeyboardInterrupt):
+        status, words = 130, "dpir: interrupted"
+    else:
+        status, words = 1, "".join(traceback.format_exception(error)).rstrip()
+    with contextlib.suppress(OSError):  # one of several processes has to leave, heard or not
+        print(words, file=sys.stderr)
+    return status
 
 
 # --- restore ---------------------------------------------------------------------------------------------------------
