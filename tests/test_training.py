@@ -14,6 +14,8 @@ from dpir_jax.errors import InputError
 from dpir_jax.model_folder import load_network
 from dpir_jax.models.layers import Keys
 from dpir_jax.parallel.mesh import make_mesh
+from dpir_jax.training import export as exporting
+from dpir_jax.training.checkpoints import Checkpoints
 from dpir_jax.training.config import Recipe, TrainConfig, load_recipe
 from dpir_jax.training.export import export
 from dpir_jax.training.logging import truncate, write_sheet
@@ -215,6 +217,17 @@ def test_train_and_export_by_command(tmp_path, capsys, monkeypatch):
     exported = []
     export(run, model)
     assert exported[0].sharding.shard_shape((2, 16, 32)) == (2, 2, 32)  # cut over all eight devices
+
+    def run_goes_on(*arguments):  # while the networks are made
+        (newest,) = (path for path in (run / "checkpoints").iterdir() if path.name.isdigit())
+        newest.rename(newest.with_name(str(int(newest.name) + 4)))
+        return init_state(*arguments)
+
+    monkeypatch.setattr(exporting, "init_state", run_goes_on)
+    assert export(run, model) == 7
+    monkeypatch.setattr(Checkpoints, "reload", lambda checkpoints: None)  # as if it went on a moment later
+    with pytest.raises(InputError, match=r"removed the checkpoint .*/7 while it was being read; try again"):
+        export(run, model)
 
 
 @pytest.mark.parametrize("below", ["", "run"])
