@@ -518,7 +518,8 @@ def _pack(arguments: argparse.Namespace) -> int:
     from dpir_jax.data.records import PhotoRecords
 
     built = build(arguments.photos, arguments.out, beam=arguments.beam and arguments.beam.split())
-    print(f"{len(PhotoRecords(built))} photos to train on in {built}")
+    count = len(PhotoRecords(built)) if any(built.glob("*-train.*")) else 0
+    print(f"{count} photo{'s' * (count != 1)} to train on in {built}")
     return 0
 
 
