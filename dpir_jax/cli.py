@@ -80,15 +80,16 @@ def _check_outputs(arguments: argparse.Namespace) -> None:
 
 
 def _report(error: BaseException) -> int:
-    """Prints why a verb ended; returns the exit status."""
+    """Prints why a verb ended, if anybody listens still; returns the exit status."""
     if isinstance(error, InputError):
-        print(f"dpir: error: {error}", file=sys.stderr)
-        return 2
-    if isinstance(error, KeyboardInterrupt):
-        print("dpir: interrupted", file=sys.stderr)
-        return 130
-    traceback.print_exception(error)
-    return 1
+        status, words = 2, f"dpir: error: {error}"
+    elif isinstance(error, KeyboardInterrupt):
+        status, words = 130, "dpir: interrupted"
+    else:
+        status, words = 1, "".join(traceback.format_exception(error)).rstrip()
+    with contextlib.suppress(OSError):  # one of several processes has to leave, heard or not
+        print(words, file=sys.stderr)
+    return status
 
 
 # --- restore ---------------------------------------------------------------------------------------------------------
@@ -537,7 +538,8 @@ def _pack(arguments: argparse.Namespace) -> int:
     from dpir_jax.data.records import PhotoRecords
 
     built = build(arguments.photos, arguments.out, beam=arguments.beam and arguments.beam.split())
-    print(f"{len(PhotoRecords(built))} photos to train on in {built}")
+    count = len(PhotoRecords(built)) if any(built.glob("*-train.*")) else 0
+    print(f"{count} photo{'s' * (count != 1)} to train on in {built}")
     return 0
 
 

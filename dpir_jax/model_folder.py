@@ -212,6 +212,7 @@ def sample_weights(folder: str | os.PathLike, name: str) -> list[float]:
     found: list[float] = []
     with _readable(folder, name) as path:
         sized = sorted((-math.prod(place.shape), key, place) for key, place in _places(path).items())
+        sized = [entry for entry in sized if entry[0]]  # an empty array has no number to tell
         for size, _, place in sized[:16]:
             numbers = np.memmap(path, place.dtype, "r", place.start, (-size,))
             found += np.nan_to_num(numbers[np.linspace(0, -size - 1, 4).astype(int)].astype(np.float64)).tolist()

@@ -10,6 +10,7 @@ devices. Files that are there already are passed over, so the same command goes 
 
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,8 @@ from dpir_jax.parallel.mesh import make_mesh
 from dpir_jax.parallel.sharding import put_batch, replicated
 from dpir_jax.systems.dpir_folder import abstract_dpir
 from dpir_jax.systems.tokenizers import t5_ids
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int], None]
 
@@ -173,7 +176,7 @@ def _compiled(model: Path, config: Mapping[str, Any], meta: Meta, batch: int) ->
     def run(photos: Photos, numbers: range) -> dict[str, np.ndarray]:
         given = {}
         if "text" in meta.arrays:
-            captions = [photos.caption(number) for number in numbers]
+            captions = [_caption(photos, number) for number in numbers]
             given["ids"] = t5_ids(captions, model / "tokenizer", dpir.config.text_tokens)
         if set(meta.arrays) != {"text"}:
             given["image"] = np.stack([_central(photos[number], meta.crop) for number in numbers])
@@ -197,6 +200,15 @@ def _compute(
     for name, size in sizes:
         made[name] = networks[name](clip_preprocess(given["image"], size))[0 if name == "clip_tokens" else 1]
     return made
+
+
+def _caption(photos: Photos, number: int) -> str:
+    """The caption; empty for a damaged record, whose arrays nobody reads: training takes those of its stand-in."""
+    try:
+        return photos.caption(number)
+    except InputError as error:
+        log.warning("passed over: %s", error)
+        return ""
 
 
 def _central(pixels: np.ndarray, size: int) -> np.ndarray:

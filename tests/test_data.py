@@ -3,6 +3,9 @@
 import dataclasses
 import logging
 import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -156,6 +159,27 @@ def test_worker_processes_change_nothing(config):
     iterator.set_state(state)
     assert_same(expected[4:], take(iterator, 3))
     iterator.close()
+
+
+@pytest.mark.slow
+def test_worker_processes_live_as_long_as_their_parent(config, folder):
+    """What a terminal's Ctrl-C and a SIGTERM to the group send to them is left to the parent to act on."""
+    script = (
+        "import multiprocessing, os, signal\n"
+        "from dpir_jax.data.pipeline import DataConfig, make_dataset\n"
+        "if __name__ == '__main__':\n"
+        f"    config = DataConfig(('{folder}',), local_crop=16, global_crop=32, batch=4, workers=1, prefetch=1)\n"
+        "    batches = make_dataset(config)\n"
+        "    next(batches)\n"
+        "    (worker,) = multiprocessing.active_children()\n"
+        "    for number in (signal.SIGINT, signal.SIGTERM):\n"
+        "        os.kill(worker.pid, number)\n"
+        "    print([next(batches)['hq'].shape for _ in range(4)], flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    # The worker holds the pipe's other end: this returns when it has ended, too.
+    run = subprocess.run([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert (run.returncode, run.stdout) == (-signal.SIGKILL, f"{[(4, 32, 32, 3)] * 4}\n")
 
 
 # --- files that cannot be used ---------------------------------------------------------------------------------------

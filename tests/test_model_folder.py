@@ -12,7 +12,15 @@ from safetensors.numpy import save_file
 
 from dpir_jax.errors import InputError
 from dpir_jax.files import sha256
-from dpir_jax.model_folder import load_network, named_variables, read_config, save_networks, verify
+from dpir_jax.model_folder import (
+    has_weights,
+    load_network,
+    named_variables,
+    read_config,
+    sample_weights,
+    save_networks,
+    verify,
+)
 from dpir_jax.models.layers import Keys
 from tests.toy_task import Net, random_weights
 
@@ -118,6 +126,13 @@ def test_not_a_model_folder(tmp_path, folder):
     (folder / "manifest.json").write_text("[]")
     with pytest.raises(InputError, match="lists no sha256"):
         verify(folder)
+
+
+def test_an_empty_array_has_no_weight_to_sample(folder):
+    sample = sample_weights(folder, "net")
+    arrays = {name: np.asarray(variable[...]) for name, variable in named_variables(net()).items()}
+    save_file(arrays | {"empty": np.zeros((0, 4), np.float32)}, folder / "net.safetensors")
+    assert has_weights(folder, "net", sample)
 
 
 def test_random_number_state_is_not_saved():

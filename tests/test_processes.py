@@ -1,5 +1,6 @@
 """Two real processes over loopback: the same losses as one, one of them killed, both told to stop."""
 
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from dpir_jax import cli
 from dpir_jax.errors import InputError
 from dpir_jax.parallel import processes
 from dpir_jax.training.config import load_recipe
@@ -131,11 +133,41 @@ def test_a_checkpoint_that_is_not_finished_does_not_count(tmp_path, compiled_onc
 
 
 @pytest.mark.parametrize(
-    "where", ["localhost", "localhost:1/2/2", "localhost:1/x/2", "localhost/0/1", "localhost:x/0/1"]
+    "where",
+    [
+        *("localhost", "localhost:1/2/2", "localhost:1/x/2", "localhost/0/1", "localhost:x/0/1"),
+        *("localhost:0/0/1", "localhost:65536/1/2", "localhost:99999/0/2"),
+    ],
 )
 def test_a_place_that_is_none(where):
     with pytest.raises(InputError, match=r"must be 'auto' or HOST:PORT/INDEX/COUNT"):
         processes.start(where)
+
+
+@pytest.mark.parametrize("shared", [False, True])  # as JAX's own coordinators listen
+def test_a_port_that_is_in_use(monkeypatch, shared):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: pytest.fail("would die"))
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, int(shared))
+        other.bind(("localhost", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=rf"port {port} cannot be used on this machine \(Address already in use\)"):
+            processes.start(f"localhost:{port}/0/2")
+
+
+def test_a_port_that_was_in_use_until_now(monkeypatch):
+    """A connection of a coordinator that has ended lingers; its port can be listened at again."""
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: found.append(options))
+    monkeypatch.setattr(processes, "_instead_of_abort", lambda sentence: None)
+    found = []
+    with socket.create_server(("localhost", 0)) as before:
+        port = before.getsockname()[1]
+        with socket.create_connection(("localhost", port)) as client:
+            before.accept()[0].close()  # it closes first, and so its end lingers
+            assert client.recv(1) == b""
+    processes.start(f"localhost:{port}/0/1")
+    assert found[0]["coordinator_address"] == f"localhost:{port}"
 
 
 def test_a_coordinator_that_is_not_there(monkeypatch):
@@ -163,6 +195,7 @@ def test_processes_that_do_not_come():
     [
         ("UNKNOWN: Gloo: Connection closed by peer\nmore", InputError, "process 0 of 2 lost .* closed by peer"),
         ("RESOURCE_EXHAUSTED: Out of memory", jax.errors.JaxRuntimeError, "^RESOURCE_EXHAUSTED: Out of memory"),
+        ("NOT_FOUND: /proc/nope; No such file or directory", jax.errors.JaxRuntimeError, "^NOT_FOUND: /proc/nope"),
         ("INVALID_ARGUMENT: shapes differ", jax.errors.JaxRuntimeError, "^INVALID_ARGUMENT: shapes differ"),
     ],
 )
@@ -170,6 +203,20 @@ def test_only_a_lost_connection_is_called_one(message, kind, words, monkeypatch)
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     with pytest.raises(kind, match=words), processes.watch_others():
         raise jax.errors.JaxRuntimeError(message)
+
+
+def test_a_process_that_nobody_listens_to_leaves_as_well(monkeypatch, tmp_path):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    left = []
+    monkeypatch.setattr(processes, "start", lambda where: None)
+    monkeypatch.setattr(processes, "leave", left.append)
+    monkeypatch.setattr(cli, "_train_here", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(sys, "stderr", Closed())
+    cli.main(["train", "--config", str(ROOT / "tests/toy_recipe.py"), "--workdir", str(tmp_path), "--distributed"])
+    assert left == [1]
 
 
 def test_leaving_flushes_and_takes_data_workers_along():

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import logging
+import resource
 import shutil
 
 import jax
@@ -18,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from dpir_jax import precompute as precomputing
 from dpir_jax.cli import main
 from dpir_jax.data import dpir_photos
-from dpir_jax.data.embeddings import Embeddings, dequantize, quantize
+from dpir_jax.data.embeddings import Embeddings, dequantize, quantize, write_shard
 from dpir_jax.data.photos import PhotoFolder
 from dpir_jax.data.pipeline import DataConfig, make_dataset
 from dpir_jax.data.records import PhotoRecords, parse_example
@@ -116,17 +117,70 @@ def test_splits_and_metadata(tmp_path):
     built = dpir_photos.build(tmp_path / "photos", tmp_path / "built")
     assert PhotoRecords(built)[0][0, 0, 0] == 50
     assert PhotoRecords(built / "*-validation.array_record*")[0][0, 0, 0] == 100
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png"}\n["b"]\n')
-    with pytest.raises(InputError, match="line 2 is no JSON object with a file_name"):
-        dpir_photos.read_metadata(tmp_path / "metadata.jsonl")
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a", "caption": null}\n{"file_name": "b", "caption": 5}')
-    with pytest.raises(InputError, match="line 2: caption is 5; it must be text"):
-        dpir_photos.read_metadata(tmp_path / "metadata.jsonl")
     (tmp_path / "metadata.jsonl").write_bytes('{"file_name": "März.png"}'.encode("latin-1"))
     with pytest.raises(InputError, match=r"metadata\.jsonl cannot be read as UTF-8 text"):
         dpir_photos.read_metadata(tmp_path / "metadata.jsonl")
     with pytest.raises(InputError, match="no photos in"):
         dpir_photos.build(tmp_path / "built", tmp_path / "other")
+
+
+def test_metadata_lines(tmp_path):
+    for name in ("a", "b"):
+        Image.fromarray(photo(1)).save(tmp_path / f"{name}.png")
+    path = tmp_path / "metadata.jsonl"
+    caption = "a sea\u2028of\x85fog"  # JSON may hold them as they are
+    path.write_text(f'{{"file_name": "a.png", "caption": "{caption}"}}\r\n\n{{"file_name": "b.png"}}\n\n', "utf-8")
+    known = dpir_photos.read_metadata(path)
+    assert {name: facts.get("caption") for name, facts in known.items()} == {"a.png": caption, "b.png": None}
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('["b"]', "line 2 is no JSON object with a file_name"),
+        ('{"file_name": "a.png", "caption": 5}', "line 2: caption is 5; it must be text"),
+        ('{"file_name": null}', "line 2: file_name is None; it must be text"),
+        ('{"file_name": "A.png"}', r"line 2: .* has no photo A.png; correct the name"),
+        ('{"file_name": "sub/b.png"}', r"line 2: .* has no photo sub/b.png; .* a metadata.jsonl beside the photo"),
+    ],
+)
+def test_wrong_metadata_is_named_before_anything_is_packed(tmp_path, line, words):
+    photos, out = tmp_path / "photos", tmp_path / "out"
+    (photos / "sub").mkdir(parents=True)
+    for name in ("a.png", "sub/b.png"):
+        Image.fromarray(photo(1)).save(photos / name)
+    (photos / "metadata.jsonl").write_text('{"file_name": "a.png", "caption": null}\n' + line)
+    with pytest.raises(InputError, match=words):
+        dpir_photos.build(photos, out)
+    (photos / "a.png").rename(photos / "sub" / "a.png")  # no folder of photos any more, but the file is still there
+    with pytest.raises(InputError, match=r"line 1: .* has no photo a.png"):
+        dpir_photos.build(photos, out)
+    assert not out.exists()
+
+
+def test_what_cannot_be_packed(tmp_path, capsys):
+    photos, file = tmp_path / "photos", tmp_path / "file"
+    (photos / "validation").mkdir(parents=True)
+    Image.fromarray(photo(1)).save(photos / "validation" / "a.png")
+    file.write_text("")
+    assert main(["pack", str(photos), "--out", str(file)]) == 2
+    assert f"cannot write a data set to {file}" in capsys.readouterr().err
+    out = tmp_path / "sets [v1]"
+    assert main(["pack", str(photos), "--out", str(out)]) == 0
+    assert "0 photos to train on in" in capsys.readouterr().out
+    built = out / "dpir_photos" / "local" / "1.0.0"
+    with pytest.raises(InputError, match="no ArrayRecord files to train on in"):
+        PhotoRecords(built)
+    (built / ".x-validation.array_record.part").write_text("hidden")
+    (file,) = built.glob("dpir*-validation.array_record*")
+    for path in (built / "*-validation.array_record*", file):
+        assert len(PhotoRecords(path)) == 1
+    file.rename(built / "dpir_photos-train.array_record [1]")
+    for path in (built, built / "dpir_photos-train.array_record [1]"):
+        assert len(PhotoRecords(path)) == 1
+    (photos / "validation" / "a.png").write_text("hello")
+    assert main(["pack", str(photos), "--out", str(tmp_path / "other")]) == 2
+    assert "validation can be used; the warnings above say why" in capsys.readouterr().err
 
 
 def test_what_is_packed_is_not_taken_for_other_photos(tmp_path, capsys):
@@ -150,7 +204,7 @@ def test_what_is_packed_is_not_taken_for_other_photos(tmp_path, capsys):
 
 
 def test_wrong_record_files(tmp_path):
-    with pytest.raises(InputError, match="no ArrayRecord files in"):
+    with pytest.raises(InputError, match="no ArrayRecord files to train on in"):
         PhotoRecords(tmp_path)
     (tmp_path / "x.array_record").write_bytes(b"hello" * 100)
     with pytest.raises(InputError, match=r"cannot be read|no record"):
@@ -409,6 +463,43 @@ def test_a_folder_needs_no_data_set(collection, model, tmp_path):
         make_dataset(settings)
     with pytest.raises(InputError, match="another set of photos or captions; choose another folder"):
         precompute(open_photos([folders[0]], 32), model, folders[1], crop=32, batch=8)
+
+
+def test_precompute_passes_over_what_training_does(built, model, stored, tmp_path, monkeypatch, caplog):
+    facts = PhotoRecords.facts
+
+    def damaged(photos, index):
+        return facts(photos, index) if index != 2 else facts(photos, 99)
+
+    monkeypatch.setattr(PhotoRecords, "facts", damaged)
+    settings = {"crop": 32, "shard": 3, "batch": 8, "arrays": ("text", "moments", "clip_tokens", "clip_embed")}
+    with caplog.at_level(logging.WARNING):
+        assert precompute(open_photos([built], 32), model, tmp_path, **settings).written == 3
+    assert "precompute.py:" in caplog.text
+    assert "passed over: record 99 of" in caplog.text
+    central = {"local_crop": 32, "central": True, "flips": False}
+    numbers = range(14)
+    batches = [
+        make_dataset(dataclasses.replace(config(built), embeddings=(str(folder),), **central)).batches
+        for folder in (tmp_path, stored)
+    ]
+    for number in numbers:  # two epochs: the stand-in's arrays come with the stand-in
+        found, wanted = (each.sample(number) for each in batches)
+        for name in ("hq", "text", "moments"):
+            np.testing.assert_array_equal(found[name], wanted[name])
+
+
+def test_a_full_disk(tmp_path):
+    path = tmp_path / "x.array_record"
+    numbers = np.random.default_rng(0).random((9, 4000))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))  # bytes
+    try:
+        with pytest.raises(InputError, match=r"cannot write .*/x.array_record: .*File too large"):
+            write_shard(path, ({"a": row} for row in numbers))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_precompute_cannot_do(built, model, tmp_path, capsys):

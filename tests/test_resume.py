@@ -14,6 +14,7 @@ import pytest
 
 from dpir_jax.errors import InputError
 from dpir_jax.training import loop
+from dpir_jax.training.checkpoints import Checkpoints
 from dpir_jax.training.config import load_recipe
 from dpir_jax.training.loop import train
 from tests.toy_task import ToyTask
@@ -70,6 +71,38 @@ def test_after_sigterm_and_time_limits(whole, tmp_path, monkeypatch):
     with (tmp_path / "metrics.jsonl").open() as file:
         assert [json.loads(line)["start"] for line in file] == [0, 0, 2, 3, 3, 3]
     assert train(recipe(), tmp_path, progress=False).step == 6  # nothing left to do
+
+
+def test_a_line_comes_with_every_checkpoint(whole, tmp_path, monkeypatch):
+    """So nothing since the last line is lost at a stop, and summary and checkpoint are of one step."""
+    rarely = recipe("--config.log_every=4")
+    monkeypatch.setenv("TOY_SIGNAL_AT_2", "SIGTERM")
+    assert train(rarely, tmp_path, progress=False).step == 2
+    monkeypatch.delenv("TOY_SIGNAL_AT_2")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["step"], summary["images"], summary["reason"]) == (2, 16, "SIGTERM")
+    train(rarely, tmp_path, progress=False)
+    each = [line["loss"] for line in lines(whole)]
+    parts = {2: each[:2], 3: each[2:3], 4: each[3:4], 6: each[4:6]}  # steps 2, 3 and 6 are saved
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(n, np.mean(p)) for n, p in parts.items()]
+
+
+def test_a_signal_during_the_last_write(tmp_path, monkeypatch):
+    """It is noted as before, and the summary says "done" of a checkpoint that is there."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before, during, there = [signal.getsignal(number) for number in numbers], [], []
+
+    def wait(checkpoints, original=Checkpoints.wait):
+        during.extend(signal.getsignal(number) for number in numbers)
+        original(checkpoints)
+
+    monkeypatch.setattr(Checkpoints, "wait", wait)
+    monkeypatch.setattr(loop, "write_summary", lambda *_: there.append((tmp_path / "checkpoints/6").is_dir()))
+    assert train(recipe(), tmp_path, progress=False).reason == "done"
+    assert there == [True]
+    assert len(during) == 2
+    assert not set(before) & set(during)
+    assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_on_another_mesh(whole, tmp_path):

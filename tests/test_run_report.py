@@ -123,6 +123,24 @@ def test_summary(run):
     assert list((run / "profile").rglob("*.xplane.pb"))
 
 
+def test_a_trace_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"config.profile_at is 2, but no trace can be written to .*/file/profile: "):
+        loop._Profiler(2, tmp_path / "file" / "profile").step(2).__enter__()
+
+    def no_room():
+        raise jax.errors.JaxRuntimeError("UNKNOWN: no space left\nmore")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: None)
+    monkeypatch.setattr(jax.profiler, "stop_trace", no_room)
+    profiler = loop._Profiler(2, tmp_path / "profile")
+    with profiler.step(2):
+        pass
+    with pytest.raises(InputError, match="no space left; choose a --workdir that can be written, or set it to 0"):
+        profiler.close()
+    profiler.close()  # it is over
+
+
 def test_tensorboard_has_the_same_numbers(run):
     (path,) = (run / "tensorboard").iterdir()
     data, scalars = path.read_bytes(), {}

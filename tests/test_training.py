@@ -14,6 +14,8 @@ from dpir_jax.errors import InputError
 from dpir_jax.model_folder import load_network
 from dpir_jax.models.layers import Keys
 from dpir_jax.parallel.mesh import make_mesh
+from dpir_jax.training import export as exporting
+from dpir_jax.training.checkpoints import Checkpoints
 from dpir_jax.training.config import Recipe, TrainConfig, load_recipe
 from dpir_jax.training.export import export
 from dpir_jax.training.logging import truncate, write_sheet
@@ -243,8 +245,19 @@ def test_train_and_export_by_command(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(ToyTask, "export", lambda task, net, out: exported.append(net.net.blocks.up.kernel.get_value()))
     exported = []
-    export(run, model)
+
+    def run_goes_on(*arguments):  # while the networks are made
+        (run / "checkpoints" / "3").rename(run / "checkpoints" / "7")
+        return init_state(*arguments)
+
+    monkeypatch.setattr(exporting, "init_state", run_goes_on)
+    assert export(run, model) == 7
     assert exported[0].sharding.shard_shape((2, 16, 32)) == (2, 2, 32)  # cut over all eight devices
+    with Checkpoints(run / "checkpoints") as checkpoints:
+        assert checkpoints.latest == 7
+        (run / "checkpoints" / "7").rename(run / "checkpoints" / "9")  # a moment later
+        with pytest.raises(InputError, match=r"removed the checkpoint .*/7 while it was being read; try again"):
+            checkpoints.recipe()
 
 
 @pytest.mark.parametrize("below", ["", "run"])

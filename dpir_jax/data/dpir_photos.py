@@ -90,8 +90,10 @@ def source_checksum(root: str | Path) -> str:
     """A checksum of a folder of photos: names, sizes in bytes, captions and metadata. No photo is read for it.
 
     Raises:
-      InputError: a split without a photo, or metadata that cannot be read.
+      InputError: a split without a photo, or metadata that cannot be read or is of other photos.
     """
+    for path in sorted(Path(root).rglob(METADATA)):  # also where there are no photos, or outside the splits
+        read_metadata(path)
     found = hashlib.sha256()
     for folder in (folder for split in splits(Path(root)).values() for folder in photo_folders(split)):
         facts = read_metadata(folder / METADATA)
@@ -104,9 +106,18 @@ def source_checksum(root: str | Path) -> str:
 
 
 def all_examples(root: Path) -> Iterator[Example]:
-    """(key, example) of every usable photo below a folder."""
+    """(key, example) of every usable photo below a folder.
+
+    Raises:
+      InputError: there is none, or metadata that cannot be read.
+    """
+    usable = False
     for folder in photo_folders(root):
-        yield from folder_examples(root, folder)
+        for example in folder_examples(root, folder):
+            usable = True
+            yield example
+    if not usable:
+        raise InputError(f"none of the photos in {root} can be used; the warnings above say why")
 
 
 def photo_folders(root: str | Path) -> list[Path]:
@@ -143,25 +154,33 @@ def read_metadata(path: Path) -> dict[str, dict[str, str]]:
     """The objects of a `metadata.jsonl` by file name; none if there is no such file.
 
     Raises:
-      InputError: a file that is not UTF-8 text, a line that is no JSON object with a `file_name`, or a value that is
-        no text.
+      InputError: a file that is not UTF-8 text, a line that is no JSON object with a `file_name`, a value that is no
+        text, or a `file_name` that no photo in the file's folder has.
     """
     if not path.is_file():
         return {}
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # JSON may hold what `splitlines` cuts at
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as UTF-8 text: {error}") from error
     known = {}
+    photos = {photo.name for photo in path.parent.iterdir() if _is_photo(photo)}
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
             facts = json.loads(line)
             name = facts["file_name"]
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{path}, line {number} is no JSON object with a file_name") from error
         for key in TEXTS:
-            if not isinstance(facts.get(key), str | None):
+            if not isinstance(facts.get(key), str if key == "file_name" else str | None):
                 raise InputError(f"{path}, line {number}: {key} is {facts[key]!r}; it must be text")
+        if name not in photos:
+            raise InputError(
+                f"{path}, line {number}: {path.parent} has no photo {name}; correct the name, remove the line, or move "
+                f"it into a {METADATA} beside the photo"
+            )
         known[name] = facts
     return known
 
@@ -202,8 +221,8 @@ def build(photos: str | Path, out: str | Path, *, beam: Sequence[str] | None = N
       beam: flags of a Beam pipeline, e.g. `["--runner=DirectRunner"]`; None: this process builds alone.
 
     Raises:
-      InputError: no photo, metadata that cannot be read, a data set of other photos is there, or Beam is wanted and
-        not installed.
+      InputError: no usable photo, metadata that cannot be read or is of other photos, a data set of other photos is
+        there, `out` cannot be written, or Beam is wanted and not installed.
     """
     checksum = source_checksum(photos)  # finds mistakes in the metadata before hours of work
     settings = {}
@@ -221,7 +240,11 @@ def build(photos: str | Path, out: str | Path, *, beam: Sequence[str] | None = N
         _check_source(built, photos, checksum)
         return built
     download = tfds.download.DownloadConfig(manual_dir=Path(photos).absolute(), **settings)
-    builder.download_and_prepare(download_config=download)
+    unwritable = (OSError, RuntimeError) if beam is None else OSError  # ArrayRecord's writer raises RuntimeError
+    try:
+        builder.download_and_prepare(download_config=download)
+    except unwritable as error:
+        raise InputError(f"cannot write a data set to {out}: {error}") from error
     write_json(built / PACKED, {"source": checksum})
     return built
 

@@ -11,10 +11,11 @@ Text embeddings have two forms. `bfloat16`: 2 bytes a number. `int8`: 1 byte, an
 All else is float16. Shards appear whole or not at all, so an interrupted run goes on with the first one missing.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -136,12 +137,29 @@ def read_form(entries: Mapping[str, np.ndarray]) -> Float[np.ndarray, "*B T D"]:
 
 
 def write_shard(path: Path, records: Iterable[Mapping[str, np.ndarray]]) -> None:
-    """Writes a file of records, whole or not at all."""
+    """Writes a file of records, whole or not at all.
+
+    Raises:
+      InputError: the folder cannot be written, or the disk is full.
+    """
     with atomic_path(path) as temporary:
-        writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # numbers like these do not shrink
+        with _writing(path):
+            writer = ArrayRecordWriter(str(temporary), "group_size:1,uncompressed")  # numbers like these do not shrink
         for record in records:
-            writer.write(safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in record.items()}))
-        writer.close()
+            data = safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in record.items()})
+            with _writing(path):
+                writer.write(data)
+        with _writing(path):
+            writer.close()
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what ArrayRecord's writer raises into `InputError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise InputError(f"cannot write {path}: {error}") from error
 
 
 class Embeddings:

@@ -11,8 +11,11 @@ needs no memory, so that twenty million photos cost no more to shuffle than twen
 import dataclasses
 import functools
 import math
+import multiprocessing
 import os
+import signal
 import sys
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -272,7 +275,24 @@ def _prefetched(batches: Batches, step: int) -> grain.IterDataset:
     if not flags.FLAGS.is_parsed():  # Grain's workers read absl flags, which only absl's own main parses
         flags.FLAGS.mark_as_parsed()
     ahead = math.ceil(config.prefetch / config.workers)
-    return iterable.mp_prefetch(grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=ahead))
+    options = grain.MultiprocessingOptions(num_workers=config.workers, per_worker_buffer_size=ahead)
+    return iterable.mp_prefetch(options, worker_init_fn=_follow_parent)
+
+
+def _follow_parent(*_: int) -> None:
+    """Lets a worker process work on until its parent ends it or is gone itself.
+
+    Ctrl-C in a terminal, and SIGTERM to a group of processes, reach the workers too; but a run that saves before it
+    leaves may still wait for their batches.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+    def end_with_parent() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def make_dataset(config: DataConfig, *, places: Sequence[int] | None = None) -> BatchIterator:

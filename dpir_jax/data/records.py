@@ -8,6 +8,7 @@ import functools
 import glob
 import hashlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,12 +85,22 @@ def record_files(path: str | os.PathLike) -> list[Path]:
     Raises:
       InputError: there are none.
     """
-    folder = Path(path)
-    found = sorted(map(Path, glob.glob(str(folder / "*.array_record*") if folder.is_dir() else str(path))))
-    if folder.is_dir():
-        found = [file for file in found if "-train." in file.name] or found
+    path = Path(path)
+    if path.is_file():
+        found = [path]
+    elif path.is_dir():
+        found = list(path.glob("*.array_record*"))
+        splits = [file for file in found if re.search(r"-(train|validation|test)\.", file.name)]
+        found = [file for file in splits if "-train." in file.name] if splits else found
+    elif path.parent.is_dir():  # a folder is taken by its name: as a pattern, one with brackets would be another
+        found = list(path.parent.glob(path.name))
+    else:
+        found = list(map(Path, glob.glob(str(path))))
+    found = sorted(file for file in found if not file.name.startswith("."))
     if not found:
-        raise InputError(f"no ArrayRecord files in {path}: expected a folder that `dpir pack` wrote, or a pattern")
+        raise InputError(
+            f"no ArrayRecord files to train on in {path}: expected a folder that `dpir pack` wrote, or a pattern"
+        )
     return found
 
 

@@ -25,8 +25,11 @@ from dpir_jax.errors import InputError
 AUTO = "auto"
 START_SECONDS = 300  # how long the processes wait for each other
 HEARTBEAT_SECONDS = 30  # a machine that is silent for this long is gone; a process that dies is noticed at once
-# Failures of a computation that no lost connection explains.
-OWN_FAULTS = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "OUT_OF_RANGE", "PERMISSION_DENIED")
+# Failures of a process's own: no lost connection has these codes. Those that it has differ from backend to backend.
+OWN_FAULTS = (
+    *("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED", "OUT_OF_RANGE", "PERMISSION_DENIED"),
+    *("NOT_FOUND", "ALREADY_EXISTS"),
+)
 
 _handlers = []  # what `_instead_of_abort` installed must outlive it
 
@@ -39,8 +42,8 @@ def start(where: str = AUTO) -> None:
         "HOST:PORT/INDEX/COUNT": the coordinator's address, which process this is, and how many there are.
 
     Raises:
-      InputError: not such a place, or there is no coordinator. When another process does not come, this one ends with
-        a sentence and status 2, as it does when one is gone later.
+      InputError: not such a place, its port is in use, or there is no coordinator. When another process does not come,
+        this one ends with a sentence and status 2, as it does when one is gone later.
     """
     options: dict[str, str | int] = {}
     if where != AUTO:
@@ -49,13 +52,17 @@ def start(where: str = AUTO) -> None:
             index, count = map(int, numbers)
         except ValueError:
             index, count = 0, 0
-        if not re.fullmatch(r".+:\d{1,5}", address) or not 0 <= index < count:
+        port = re.fullmatch(r".+:(\d{1,5})", address)
+        if not port or not 1 <= int(port[1]) <= 65535 or not 0 <= index < count:
             raise InputError(
-                f"--distributed is {where!r}; it must be 'auto' or HOST:PORT/INDEX/COUNT with INDEX from 0 to COUNT - 1"
+                f"--distributed is {where!r}; it must be 'auto' or HOST:PORT/INDEX/COUNT with PORT from 1 to 65535 and "
+                "INDEX from 0 to COUNT - 1"
             )
         options = {"coordinator_address": address, "process_id": index, "num_processes": count}
         if index:
             _wait_for_coordinator(address, where)
+        else:
+            _check_port(int(port[1]), where)
     _instead_of_abort(
         f"--distributed {where}: the processes did not find each other within {START_SECONDS} s; start all of them, "
         "with the same address and COUNT and every INDEX once"
@@ -72,6 +79,23 @@ def start(where: str = AUTO) -> None:
     )
 
 
+def _check_port(port: int, where: str) -> None:
+    """`InputError` if the coordinator cannot listen at this port: JAX would die of it without a word.
+
+    Coordinators of two runs could share a port (JAX asks for SO_REUSEPORT), and processes would find the one or the
+    other: that is refused, too.
+    """
+    with socket.socket(socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a run that has ended left does not count
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise InputError(
+                f"--distributed {where}: port {port} cannot be used on this machine ({error.strerror}); choose another "
+                "one, the same for all processes"
+            ) from error
+
+
 def _wait_for_coordinator(address: str, where: str) -> None:
     """Returns when something answers at the coordinator's address."""
     host, port = address.rsplit(":", 1)
@@ -80,7 +104,7 @@ def _wait_for_coordinator(address: str, where: str) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             return
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             if time.monotonic() > deadline:
                 raise InputError(
                     f"--distributed {where}: nothing answered at {address} within {START_SECONDS} s ({error}); "
@@ -142,7 +166,10 @@ def _kill_workers() -> None:
 
 @contextlib.contextmanager
 def watch_others() -> Iterator[None]:
-    """Turns the failure of a collective into `InputError`, no other failure; with one process it does nothing."""
+    """Turns an error of JAX's runtime into `InputError`: another process is gone.
+
+    Those of `OWN_FAULTS` stay as they are, and so do errors of other kinds; with one process it does nothing.
+    """
     try:
         yield
     except jax.errors.JaxRuntimeError as error:

@@ -63,9 +63,13 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The step of the newest complete checkpoint."""
+        """The step of the newest complete checkpoint, of those that were there at the start or `reload`."""
         newest = self._checkpointer.latest
         return None if newest is None else newest.step
+
+    def reload(self) -> None:
+        """Looks again which checkpoints there are: another process may write them."""
+        self._checkpointer.reload()
 
     def recipe(self) -> Recipe:
         """The recipe of the newest checkpoint."""
@@ -134,6 +138,11 @@ class Checkpoints:
             yield
         except (OSError, ValueError, KeyError) as error:
             folder = self._checkpointer.directory / str(self.latest)
+            if not folder.is_dir():
+                raise InputError(
+                    f"the run removed the checkpoint {folder} while it was being read; try again, or let the run keep "
+                    "more of them (config.keep)"
+                ) from error
             raise InputError(
                 f"the checkpoint {folder} cannot be read; remove it to go on from the one before"
             ) from error

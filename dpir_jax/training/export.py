@@ -20,13 +20,14 @@ def export(workdir: Path, out: Path, *, raw: bool = False) -> int:
     if not folder.is_dir():
         raise InputError(f"{workdir} holds no training run: there is no folder {folder}")
     with Checkpoints(folder) as checkpoints:
-        step = checkpoints.latest
-        if step is None:
+        if checkpoints.latest is None:
             raise InputError(f"the training run in {workdir} has no checkpoint yet")
         recipe = checkpoints.recipe()
         task = recipe.build_task()
         mesh = make_mesh(MeshConfig(data=1, fsdp=-1))  # the state need not fit on one device
         state, networks, _ = init_state(task, recipe.train, mesh)
+        checkpoints.reload()  # the run may have gone on meanwhile, and have removed what was the newest
+        step = checkpoints.latest
         state, _ = checkpoints.restore(state, recipe)
     weights = state.params if raw else {k: v.astype(state.params[k].dtype) for k, v in state.ema.items()}
     task.export(networks.merge(weights, state.adversary, state.frozen), Path(out))

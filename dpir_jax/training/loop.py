@@ -141,16 +141,14 @@ def train(
                 reason = _reason_to_stop(step, config, started, caught) or "done"
                 leaving = reason != "done" or step == config.steps
                 save = leaving or step % config.checkpoint_every == 0
-                if save or step % config.log_every == 0:
-                    values = _means(pending)
-                    if step % config.log_every == 0 or step == config.steps or not values["finite"]:
-                        now = time.monotonic()
-                        speed = {"images_per_second": len(pending) * config.batch / (now - since)}
-                        if peak:
-                            speed["flop_utilization"] = flops * len(pending) / (now - since) / peak
-                        machine = {"memory_gb": memory_bytes() / 1e9, "seconds": now - started}
-                        log.write(step, values | clock.read() | speed | machine)
-                        pending, since = [], now
+                if save or step % config.log_every == 0:  # with every checkpoint a line: none is lost at a restart
+                    values, now = _means(pending), time.monotonic()
+                    speed = {"images_per_second": len(pending) * config.batch / (now - since)}
+                    if peak:
+                        speed["flop_utilization"] = flops * len(pending) / (now - since) / peak
+                    machine = {"memory_gb": memory_bytes() / 1e9, "seconds": now - started}
+                    log.write(step, values | clock.read() | speed | machine)
+                    pending, since = [], now
                     if values["finite"] < 1:
                         reason = NOT_FINITE
                         break
@@ -161,10 +159,10 @@ def train(
                     preview(step, state)
                 if leaving:
                     break
+        checkpoints.wait()  # all processes are here, and a first signal is still only noted
         if is_first():
             write_summary(workdir, reason)
         if reason == NOT_FINITE:
-            checkpoints.wait()  # all processes are here
             raise InputError(_not_finite(step, saved))
     return Outcome(step, reason)
 
@@ -207,7 +205,9 @@ class _Profiler:
     def step(self, number: int) -> Iterator[None]:
         """Around the handing over of a step. The trace ends when the step after the last is handed over."""
         if number == self._first:
-            jax.profiler.start_trace(str(self._folder))
+            with self._writable():
+                self._folder.mkdir(parents=True, exist_ok=True)  # JAX would find out when the trace ends
+                jax.profiler.start_trace(str(self._folder))
             self._tracing = True
         elif number == self._first + self.STEPS:
             self.close()
@@ -216,9 +216,21 @@ class _Profiler:
 
     def close(self) -> None:
         """Ends the trace, if it is still running."""
-        if self._tracing:
-            jax.profiler.stop_trace()
-        self._tracing = False
+        tracing, self._tracing = self._tracing, False
+        if tracing:
+            with self._writable():
+                jax.profiler.stop_trace()
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, jax.errors.JaxRuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"config.profile_at is {self._first}, but no trace can be written to {self._folder}: {reason}; "
+                "choose a --workdir that can be written, or set it to 0"
+            ) from error
 
 
 class _Preview:

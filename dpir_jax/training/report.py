@@ -70,7 +70,10 @@ def read_run(workdir: str | Path) -> Run:
     workdir = Path(workdir)
     rows = read_lines(workdir / METRICS)
     if not rows:
-        raise InputError(f"{workdir / METRICS} has no line yet; a run writes one every config.log_every steps")
+        raise InputError(
+            f"{workdir / METRICS} has no line yet; a run writes one every config.log_every steps, and "
+            "with every checkpoint"
+        )
     run = _run(workdir, rows)
     ended = _read_object(workdir / SUMMARY, reason=str)
     if ended.get("step") == run.summary["step"]:
