@@ -26,3 +26,12 @@ def compiled_once(tmp_path_factory):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Compiled programs and traces of a module serve no other one; what is kept makes each garbage collection slower."""
+    yield
+    import jax
+
+    jax.clear_caches()
