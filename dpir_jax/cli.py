@@ -679,9 +679,12 @@ def _search(recipe: "Recipe", topology: "Topology", batch_per_chip: int | None) 
     for result in ahead.search(recipe, topology, batch_per_chip):
         tried.append(result)
         print(describe(result), end="\n\n", flush=True)
-    result = ahead.best(tried) or ahead.least(tried)
-    print("best:" if result["fits"] else "nothing fits")
-    return {**result, "tried": tried}
+    if (result := ahead.best(tried)) is None:
+        print("nothing fits")
+        return {**ahead.least(tried), "tried": tried}
+    most = ahead.largest(tried, result)["batch_per_chip"]
+    print(f"most images per second (the largest batch that fits there is of {most:g} images a chip):")
+    return {**result, "largest_batch_per_chip": most, "tried": tried}
 
 
 def _compile_sampling(recipe: "Recipe", topology: "Topology", tiles: int | None) -> dict[str, Any]:

@@ -441,10 +441,21 @@ def test_the_best_of_a_search():
     assert ahead.least([reports[0], reports[3] | {"reason": "no more is known"}]) is reports[0]
 
 
-def test_all_that_a_search_tried_is_written(monkeypatch, tmp_path):
+def test_all_that_a_search_tried_is_written(monkeypatch, tmp_path, capsys):
+    """What is fastest need not be the largest that fits."""
     reports = [
-        {"fits": fits, "roofline": {"images_per_second_per_chip": batch}, "memory_per_chip": {"total": batch}}
-        for batch, fits in ((1, True), (2, True), (4, False))
+        {
+            "fits": fits,
+            "sharding": preset,
+            "mesh": {"fsdp": 8},
+            "batch_per_chip": batch,
+            "roofline": {"images_per_second_per_chip": speed},
+            "memory_per_chip": {"total": batch},
+        }
+        for preset, batch, speed, fits in (
+            *(("dp", 1, 1, True), ("dp", 2, 0, False), ("fsdp", 1, 2, True), ("fsdp", 2, 3, True)),
+            *(("fsdp", 4, 2, True), ("fsdp", 8, 4, False), ("fsdp_tp", 6, 1, True)),
+        )
     ]
     monkeypatch.setattr(ahead, "search", lambda *_: iter(reports))
     monkeypatch.setattr(compiled, "describe", str)
@@ -452,7 +463,8 @@ def test_all_that_a_search_tried_is_written(monkeypatch, tmp_path):
     command = ["compile", "--config", "tests/ahead_recipe.py", "--topology", "v5e-8", "--search", "--json", str(out)]
     assert main(command) == 0
     found = json.loads(out.read_text())
-    assert (next(iter(found)), found) == ("fits", reports[1] | {"tried": reports})
+    assert (next(iter(found)), found) == ("fits", reports[3] | {"largest_batch_per_chip": 4, "tried": reports})
+    assert "(the largest batch that fits there is of 4 images a chip)" in capsys.readouterr().out
 
 
 def test_a_search_is_of_training_steps(capsys):

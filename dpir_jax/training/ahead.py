@@ -157,6 +157,12 @@ def best(reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
     return max(fitting, key=rank, default=None)
 
 
+def largest(reports: Sequence[Mapping[str, Any]], like: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The report with the largest batch that fits, of those with the preset and mesh of one that does."""
+    same = [each for each in reports if all(each[name] == like[name] for name in ("fits", "sharding", "mesh"))]
+    return max(same, key=lambda each: each["batch_per_chip"])
+
+
 def least(reports: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The report that takes least memory; last come those of which the compiler did not say how much (`reason`)."""
     return min(reports, key=lambda each: ("reason" in each, each["memory_per_chip"]["total"]))
