@@ -30,7 +30,7 @@ def compiled_once(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _forget_programs():
-    """Compiled programs and traces of a module serve no other one; what is kept makes each garbage collection slower."""
+    """Programs and traces of a module serve no other one; while they are kept, each garbage collection is slower."""
     yield
     import jax
 
