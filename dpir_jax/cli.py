@@ -499,7 +499,7 @@ def _runs(arguments: argparse.Namespace) -> int:
     from dpir_jax.files import write_json
     from dpir_jax.training.report import draw_curves, find_runs, format_summary, read_run
 
-    summaries, failed = {}, False
+    summaries, status = {}, 0
     for workdir in find_runs(arguments.workdir):
         try:
             run = read_run(workdir)
@@ -507,11 +507,10 @@ def _runs(arguments: argparse.Namespace) -> int:
             print(format_summary(run))
             print(f"  curves     {draw_curves(run, workdir / 'curves.png')}\n")
         except InputError as error:
-            print(f"dpir: error: {error}", file=sys.stderr)
-            failed = True
+            status = _report(error)
     if arguments.json and summaries:
         write_json(arguments.json, summaries)
-    return 2 if failed else 0
+    return status
 
 
 # --- pack ------------------------------------------------------------------------------------------------------------
